@@ -1,0 +1,224 @@
+"""What a run is told: its options and its prompts, checked before any work is done.
+
+One dataclass holds every option; a field is an option of the command line (underscores, as in
+diffusers' scripts). What is wrong is said in one line, as an OptionError.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import time
+from pathlib import Path
+
+import torch
+
+import models
+import quant
+
+RULES = ("best_worst", "random_subset", "mean_deviation", "extremes_random")
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """Where the pool and the training samples of a rollout family come from (paper section 4.2)."""
+
+    explore: bool  # draw a pool of N, else only the K that are trained on
+    quantized: bool  # draw it with the quantized explorer
+    regenerate: bool  # draw the kept seeds again in BF16
+
+
+FAMILIES = {
+    "sol_rl": Family(explore=True, quantized=True, regenerate=True),
+    "naive_scaling": Family(explore=True, quantized=False, regenerate=False),
+    "naive_quant": Family(explore=True, quantized=True, regenerate=False),
+    "diffusionnft": Family(explore=False, quantized=False, regenerate=False),
+}
+
+
+def option(default, about, choices=None):
+    return dataclasses.field(default=default, metadata=dict(about=about, choices=choices))
+
+
+@dataclasses.dataclass
+class Config:
+    """Every option. Defaults are the paper's; TINY replaces some unless --pretrained is given."""
+
+    model: str = option("sana", "model family", tuple(models.FAMILIES))
+    family: str = option("sol_rl", "rollout family", tuple(FAMILIES))
+    pretrained: str = option("", "a diffusers folder or hub id; alone: the published checkpoint")
+    reward: str = option("clipscore", "NAME, NAME:WEIGHT,NAME:WEIGHT or path/to/file.py:function")
+    prompts: str = option("", "file with a prompt a line, or .jsonl with 'prompt' and metadata")
+    steps: int = option(300, "iterations, one optimizer step each")
+    prompts_per_step: int = option(48, "P, prompts an iteration")
+    pool: int = option(96, "N, candidates explored for a prompt")
+    keep: int = option(24, "K, candidates trained on for a prompt, half best, half worst")
+    select: str = option("best_worst", "which candidates are kept", RULES)
+    precision: str = option("nvfp4", "precision of exploring", quant.PRECISIONS)
+    min_dim: int = option(2240, "layers with max(in, out) up to this stay in BF16")
+    explore_steps: int = option(6, "sampling steps of exploring")
+    rollout_steps: int = option(10, "sampling steps of what is trained on")
+    eval_steps: int = option(40, "sampling steps of evaluation")
+    eval_every: int = option(10, "iterations between evaluations and pictures")
+    eval_images: int = option(2, "images for each held-out prompt")
+    micro_batch: int = option(24, "images drawn or trained on at once")
+    learning_rate: float = option(3e-4, "AdamW's")
+    max_grad_norm: float = option(1.0, "gradient clip")
+    lora_rank: int = option(32, "LoRA rank; alpha is twice it")
+    timestep_fraction: float = option(0.6, "share of the sampling times trained per sample")
+    nft_beta: float = option(1.0, "policy mix of the loss")
+    kl: float = option(1e-4, "weight of the KL term against the base model")
+    adv_clip: float = option(5.0, "advantages are clipped to +- this")
+    ema_decay: float = option(0.9, "of the policy that is evaluated and saved")
+    seed: int = option(0, "run seed")
+    output_dir: str = option("", "the run's folder; default runs/<model>_<family>_<time>")
+    resume: str = option("", "a run's folder to continue from its last checkpoint")
+    device: str = option("auto", "auto, cpu, cuda, cuda:N")
+    report_to: str = option("none", "also log to", ("none", "tensorboard", "wandb"))
+
+
+TINY = dict(
+    steps=24,
+    prompts_per_step=6,
+    min_dim=0,
+    eval_every=4,
+    micro_batch=48,
+    learning_rate=1e-3,
+    lora_rank=16,
+)
+
+
+class OptionError(ValueError):
+    """Bad input: one line for the user, exit code 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise OptionError(message)
+
+
+def parse(argv, description=None):
+    """argv -> Config, checked as far as options alone can be. Raises OptionError."""
+    about = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=description, formatter_class=about, allow_abbrev=False)
+    for field in dataclasses.fields(Config):
+        name, meta = field.name, field.metadata
+        shown = TINY.get(name, field.default)
+        paper = f", paper {field.default}" if name in TINY else ""
+        kind = dict(type=field.type, choices=meta["choices"], default=argparse.SUPPRESS)
+        if name == "pretrained":
+            kind |= dict(nargs="?", const="published", metavar="ID_OR_PATH")
+        elif not meta["choices"]:
+            kind |= dict(metavar=name.upper())
+        parser.add_argument(f"--{name}", help=f"{meta['about']} (default {shown}{paper})", **kind)
+    given = vars(parser.parse_args(argv))
+    if given.get("resume"):
+        config = _resumed_config(Path(given["resume"]), given)
+    else:
+        config = Config(**((given if given.get("pretrained") else TINY | given)))
+    if not config.output_dir:
+        config.output_dir = f"runs/{config.model}_{config.family}_{time.strftime('%m%d-%H%M%S')}"
+    _check(config)
+    return config
+
+
+def _resumed_config(folder, given):
+    try:
+        saved = json.loads((folder / "config.json").read_text())["config"]
+        config = Config(**saved)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise OptionError(f"--resume {folder}: no readable config.json of a run there") from error
+    free = {"resume", "steps", "device"}
+    changed = [k for k, v in given.items() if k not in free and v != saved[k]]
+    if changed:
+        raise OptionError(f"--resume {folder}: --{changed[0]} differs from the run's; start a new run")
+    given = {k: v for k, v in given.items() if k in free}
+    return dataclasses.replace(config, **given, output_dir=str(folder))
+
+
+def _check(c):
+    counts = "steps prompts_per_step pool keep explore_steps rollout_steps eval_steps eval_every"
+    for name in f"{counts} eval_images micro_batch lora_rank".split():
+        if getattr(c, name) < 1:
+            raise OptionError(f"--{name} {getattr(c, name)}: must be at least 1")
+    if c.keep < 2 or c.keep % 2:
+        raise OptionError(f"--keep {c.keep}: must be even and at least 2, half best and half worst")
+    if c.keep > c.pool and FAMILIES[c.family].explore:
+        raise OptionError(f"--keep {c.keep}: more than --pool {c.pool}")
+    for name in ("learning_rate", "max_grad_norm", "nft_beta", "adv_clip", "timestep_fraction"):
+        if not 0 < getattr(c, name) < float("inf"):
+            raise OptionError(f"--{name} {getattr(c, name)}: must be a number above 0")
+    if c.timestep_fraction > 1:
+        raise OptionError(f"--timestep_fraction {c.timestep_fraction}: must be at most 1")
+    if not 0 <= c.ema_decay < 1 or not 0 <= c.kl < float("inf"):
+        raise OptionError(f"--ema_decay {c.ema_decay} must be in [0, 1), --kl {c.kl} at least 0")
+    if c.seed < 0 or c.min_dim < 0:
+        raise OptionError(f"--seed {c.seed} and --min_dim {c.min_dim}: must be at least 0")
+    if c.pretrained and not c.prompts:
+        raise OptionError("--pretrained needs --prompts FILE: the built-in ones are the tiny world's")
+    if c.device == "auto":
+        c.device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=c.device)
+    except (RuntimeError, AssertionError) as error:
+        raise OptionError(f"--device {c.device}: not on this machine; try --device cpu") from error
+    if c.report_to != "none" and importlib.util.find_spec(c.report_to) is None:
+        raise OptionError(f"--report_to {c.report_to}: not installed; pip install {c.report_to}")
+    out = Path(c.output_dir)
+    if not c.resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise OptionError(f"--output_dir {out} is taken; choose another, or --resume {out}")
+
+
+def read_prompts(path):
+    """A prompts file -> (list of distinct prompts, list of their metadata dicts)."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise OptionError(f"--prompts {path}: not UTF-8 (byte {error.start})") from error
+    except OSError as error:
+        raise OptionError(f"--prompts {path}: {error.strerror}") from error
+    found = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        prompt, metadata = line.strip(), {}
+        if str(path).endswith(".jsonl"):
+            try:
+                metadata = json.loads(line)
+                prompt = metadata.pop("prompt")
+            except (ValueError, KeyError, AttributeError, TypeError) as error:
+                raise OptionError(
+                    f"--prompts {path}, line {number}: not a JSON object with 'prompt'"
+                ) from error
+            if not isinstance(prompt, str) or not prompt.strip():
+                raise OptionError(f"--prompts {path}, line {number}: 'prompt' is not a text")
+        found.setdefault(prompt, metadata)
+    if not found:
+        raise OptionError(f"--prompts {path}: no prompt in it")
+    return list(found), list(found.values())
+
+
+@dataclasses.dataclass
+class Prompts:
+    """n prompts, their metadata, and, once encoded, what the transformer reads of them."""
+
+    prompts: list
+    metadata: list
+    text: models.Text = None
+
+
+def split_prompts(config):
+    """(training, held-out) Prompts: the tiny world's own; of a file every tenth is held out, and
+    a file of one prompt serves as both."""
+    if not config.prompts:
+        import tiny
+
+        parts = tiny.TRAIN_PROMPTS, tiny.HELD_OUT_PROMPTS
+        return tuple(Prompts(part, [{} for _ in part]) for part in parts)
+    prompts, metadata = read_prompts(config.prompts)
+    held_out = range(0, len(prompts), 10)
+    training = [i for i in range(len(prompts)) if i % 10] or held_out
+    return tuple(
+        Prompts([prompts[i] for i in part], [metadata[i] for i in part])
+        for part in (training, held_out)
+    )

@@ -1,0 +1,341 @@
+"""NVFP4: the number format, quantization, and the linear layer that explores (paper section 3.3).
+
+    python quant.py          # speed of the fake quantization against torchao's, if that is installed
+
+The format. An E2M1 code is 0, .5, 1, 1.5, 2, 3, 4 or 6 with a sign. Each 16 neighbours along the
+reduction dimension share an E4M3 block scale s (1x16 blocks for activations; weights share one
+per 16x16 tile, so that a tile has the same scale in both directions), and the tensor has one
+float32 scale, known through its largest magnitude `amax`:
+
+    value = code * s * amax / (6 * 448)          448: E4M3's largest value
+
+How a scale is found (Transformer Engine, common/cast/nvfp4; Python twin in
+pytorch/custom_recipes/reference_nvfp4.py; equal bytes in tests/nvfp4_vectors.safetensors):
+
+    S_enc = 6 * 448 / amax                       the tensor's encode scale
+    s     = e4m3(block_amax * (S_enc * (1/6)))   puts the block's largest element near code 6
+    code  = e2m1(clamp(x / (s / S_enc), -6, 6))  both roundings go to the nearest, ties to even
+
+How wrong it can be. Write d = s * amax / 2688 for a block's step and u = |x| / d. For u <= 6
+
+    |x - Q(x)| <= d * h(u),   h = 1/4 for u < 2,  1/2 for 2 <= u < 4,  1 for 4 <= u <= 6
+
+which is half the gap between codes; it is tight: x halfway between two codes attains it. u can
+pass 6, because s was rounded too: E4M3 keeps 3 bits, so s >= (16/17) s_exact while s_exact is in
+its normal range (at least 2^-6), and u <= 6 * 17/16 = 6.375. The code is then 6 and the error
+x - 6 d <= (1/17) x. So every element of a block with a normal scale obeys
+
+    |x - Q(x)| <= max(d * h(u), |x| / 17)
+
+Below it (blocks 28,000 times smaller than the tensor's largest element) s is a multiple of 2^-9,
+off by at most 2^-10: add 6 * 2^-10 * amax / 2688, which also covers s = 0, where the whole block
+becomes 0. Last come float32's own roundings (S_enc, its reciprocal, the quotient and the decoded
+product: a relative 2^-20 of x covers them) and the range where float32 itself ends: at
+amax < 2688 / FLT_MAX = 7.9e-36 S_enc saturates, as it does on the GPU, and |x - Q(x)| <= amax.
+Four-over-six tries s and 1.5 s for each block and keeps the smaller mean absolute error; a value
+on 4 leaves a gap of 1/4 below the block's largest element where 6 leaves 1/3.
+
+What a matmul does. The tensor core multiplies code * s exactly, accumulates in float32 and
+applies alpha = amax_x * amax_w / 2688^2 at the end. A code has 2 significant bits and s has 4, so
+code * s (at most 6 bits, exponents from -10 to 11) is exact in BF16: one BF16 matmul of these
+products followed by alpha is the FP4 matmul up to the order of its sum. That is the simulation.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+E2M1_MAX, E4M3_MAX, E4M3_MAX_FOUR_OVER_SIX = 6.0, 448.0, 256.0
+FLT_MAX = torch.finfo(torch.float32).max
+CACHED_ELEMENTS = 1 << 16  # of float32: what eager mode's passes over memory find in the L2 cache
+
+
+# ---------------------------------------------------------------------------------------------
+# The format, step by step
+
+
+class NVFP4Tensor:
+    """A tensor (..., K) as a Blackwell GPU stores it; leading dimensions are rows, M in all.
+
+    codes: uint8 (M, ceil(K / 2)), two E2M1 codes a byte, the even element in the low nibble;
+    scales: float8_e4m3fn (M, ceil(K / 16)), for 16x16 blocks each row repeats its tile's;
+    amax: float32 scalar; scale_max: 448, or 256 for four-over-six.
+    """
+
+    def __init__(self, codes, scales, amax, shape, scale_max):
+        self.codes, self.scales, self.amax = codes, scales, amax
+        self.shape, self.scale_max = torch.Size(shape), scale_max
+
+    def dequantize(self, dtype=torch.float32):
+        """code * (scale * (amax / (6 * scale_max))) in float32, then `dtype`; (..., K)."""
+        nibbles = torch.stack([self.codes & 0xF, self.codes >> 4], dim=-1).flatten(1)
+        values = torch.tensor(E2M1, device=nibbles.device)[(nibbles & 0x7).long()]
+        values = torch.where(nibbles >= 8, -values, values)[:, : self.shape[-1]]
+        step = self.scales.float() * _global_step(self.amax, self.scale_max)
+        values = values * step.repeat_interleave(16, dim=1)[:, : self.shape[-1]]
+        return values.reshape(self.shape).to(dtype)
+
+
+def quantize_nvfp4(x, block=(1, 16), four_over_six=False):
+    """Quantize x (..., K), a float tensor, to NVFP4 with the bytes that Transformer Engine gives.
+
+    block: (1, 16) for activations, (16, 16) for weights. Rows and columns that do not fill a
+    block are padded with zeros, which changes no other element. Returns an NVFP4Tensor.
+    Raises ValueError on a NaN or an infinity, another block, an empty or a non-float tensor.
+    """
+    x2d = _as_rows(x)
+    if not torch.isfinite(x2d).all():
+        raise ValueError("quantize_nvfp4: the tensor holds a NaN or an infinity")
+    y, scales, amax, scale_max = _scale_blocks(_tile(x2d, block), four_over_six)
+    codes = _untile(_nearest_code(y), x2d.shape)
+    if codes.shape[1] % 2:
+        codes = F.pad(codes, (0, 1))
+    scales = scales.expand(-1, -1, block[0], 1).transpose(1, 2).flatten(2).flatten(0, 1)
+    scales = scales[: len(x2d)].to(torch.float8_e4m3fn)
+    return NVFP4Tensor(codes[:, 0::2] | (codes[:, 1::2] << 4), scales, amax, x.shape, scale_max)
+
+
+def _nearest_code(y):
+    """E2M1 code (uint8) of each |y| <= 6, to the nearest value, ties to the even code."""
+    magnitude, grid = y.abs().contiguous(), torch.tensor(E2M1, device=y.device)
+    middle = (grid[1:] + grid[:-1]) / 2
+    below = torch.bucketize(magnitude, middle)  # a tie stays below ...
+    above = torch.bucketize(magnitude, middle, right=True)  # ... or goes above
+    code = torch.where(below % 2 == 0, below, above).to(torch.uint8)
+    return code | (torch.signbit(y).to(torch.uint8) << 3)
+
+
+def _as_rows(x):
+    if not x.is_floating_point() or x.dim() < 1 or x.numel() == 0:
+        raise ValueError(f"NVFP4 needs a float tensor with elements, not {x.dtype} {tuple(x.shape)}")
+    return x.reshape(-1, x.shape[-1])
+
+
+def _tile(x2d, block):
+    """(M, K) -> float32 tiles (M / rows, K / 16, rows, 16), padded with zeros."""
+    if tuple(block) not in ((1, 16), (16, 16)):
+        raise ValueError(f"NVFP4 blocks are (1, 16) or (16, 16), not {block}")
+    rows, columns = block
+    x2d = F.pad(x2d.float(), (0, -x2d.shape[1] % columns, 0, -x2d.shape[0] % rows))
+    return x2d.unflatten(0, (-1, rows)).unflatten(2, (-1, columns)).transpose(1, 2)
+
+
+def _untile(tiles, shape):
+    return tiles.transpose(1, 2).flatten(2).flatten(0, 1)[: shape[0], : shape[1]]
+
+
+def _global_step(amax, scale_max):
+    # Divided first: scale * amax would overflow where amax is near float32's end.
+    return amax / (E2M1_MAX * scale_max)
+
+
+def _scale_blocks(tiles, four_over_six):
+    """Tiles (a, b, rows, 16) -> (tiles on the code grid within +-6, scales (a, b, 1, 1), amax,
+    scale_max); scales are float32 with E4M3 values."""
+    block_amax = tiles.abs().amax(dim=(2, 3), keepdim=True)
+    amax, scale_max = block_amax.max(), E4M3_MAX
+    if not four_over_six:
+        scales, multiplier = _block_scales(block_amax, amax)
+        return (tiles * multiplier).clamp(-E2M1_MAX, E2M1_MAX), scales, amax, scale_max
+
+    scale_max, best = E4M3_MAX_FOUR_OVER_SIX, None
+    for on_four in (False, True):
+        scales, multiplier = _block_scales(block_amax, amax, scale_max, on_four)
+        y = (tiles * multiplier).clamp(-E2M1_MAX, E2M1_MAX)
+        value = _round_e2m1(y) * scales * amax / (E2M1_MAX * scale_max)
+        error = _sum_in_order((value - tiles).abs())
+        if best is None:
+            best = y, scales, error
+        else:
+            take = error < best[2]  # a tie keeps 6
+            best = torch.where(take, y, best[0]), torch.where(take, scales, best[1]), None
+    return best[0], best[1], amax, scale_max
+
+
+def _block_scales(block_amax, amax, scale_max=E4M3_MAX, on_four=None):
+    """The two lines of the essay: each block's E4M3 scale (as float32) and what x is multiplied
+    by to reach the code grid. on_four: None for plain NVFP4, else four-over-six's candidate."""
+    # torch.div of two tensors is a true division; `number / tensor` multiplies by a reciprocal.
+    s_enc = torch.div(torch.full_like(amax, E2M1_MAX * scale_max), amax).clamp(max=FLT_MAX)
+    s_enc = torch.where(amax == 0, 1.0, s_enc)
+    if on_four is None:
+        scales = block_amax * (s_enc * (1 / E2M1_MAX))
+    else:
+        scales = block_amax / E2M1_MAX * s_enc * (1.5 if on_four else 1.0)
+    scales = scales.clamp(max=E4M3_MAX).to(torch.float8_e4m3fn).float()
+    return scales, (scales * s_enc.reciprocal()).reciprocal().clamp(max=FLT_MAX)
+
+
+def _sum_in_order(errors):
+    """(a, b, rows, 16) -> (a, b, 1, 1) in TE's order: along a row, then rows as a tree."""
+    total = errors[..., 0]
+    for column in range(1, 16):
+        total = total + errors[..., column]
+    while total.shape[2] > 1:
+        half = total.shape[2] // 2
+        total = total[:, :, :half] + total[:, :, half:]
+    return total[..., None]
+
+
+# ---------------------------------------------------------------------------------------------
+# The same numbers, fast
+
+
+def fake_quantize_nvfp4(x, block=(1, 16), four_over_six=False):
+    """quantize_nvfp4(x, ...).dequantize(x.dtype) without packing, in few passes over memory.
+
+    x: float (..., K); returns its shape and dtype. There is no check for NaN, because reading one
+    back would stall a GPU: a NaN or an infinity anywhere makes the whole result NaN.
+    """
+    x2d = _as_rows(x)
+    if tuple(block) == (1, 16) and not four_over_six:
+        values, _ = _fake_quantize_rows(x2d, x.dtype, decode=True)
+    else:
+        y, scales, amax, scale_max = _scale_blocks(_tile(x2d, block), four_over_six)
+        values = _untile(_round_e2m1(y) * (scales * _global_step(amax, scale_max)), x2d.shape)
+    return values.to(x.dtype).reshape(x.shape)
+
+
+def _fake_quantize_rows(x2d, dtype, decode):
+    """1x16 blocks of x2d (M, K): (values (M, K) in dtype, amax). Values are code * scale, which
+    BF16 holds exactly, and with `decode` also times the global step."""
+    columns = x2d.shape[1]
+    if columns % 16:
+        x2d = F.pad(x2d, (0, -columns % 16))
+    blocks = x2d.unflatten(1, (-1, 16))
+    block_amax = _block_amax(blocks)
+    amax = block_amax.max()
+    scales, multiplier = _block_scales(block_amax, amax)
+    if decode:
+        scales = scales * _global_step(amax, E4M3_MAX)
+    # A compiler fuses the passes itself; eager mode makes them over pieces that stay in cache.
+    rows = len(blocks) if torch.compiler.is_compiling() else max(1, CACHED_ELEMENTS // columns)
+    values = torch.empty(blocks.shape, dtype=dtype, device=x2d.device)
+    for i in range(0, len(blocks), rows):
+        piece = slice(i, i + rows)
+        y = blocks[piece].float() * multiplier[piece]
+        values[piece] = _round_e2m1(y.clamp_(-E2M1_MAX, E2M1_MAX)).mul_(scales[piece])
+    return values.flatten(1)[:, :columns], amax
+
+
+def _block_amax(blocks):
+    """(M, K / 16, 16) -> (M, K / 16, 1) float32, the largest magnitudes; NaN wins."""
+    if blocks.dtype not in (torch.float32, torch.bfloat16):
+        blocks = blocks.float()
+    if torch.compiler.is_compiling():
+        return blocks.float().abs().amax(dim=-1, keepdim=True)
+    # Without its sign bit a float orders as the integer of its bits does, and eager mode's integer
+    # maximum is several times faster on a CPU.
+    integer = torch.int16 if blocks.dtype == torch.bfloat16 else torch.int32
+    bits = blocks.contiguous().view(integer) & torch.iinfo(integer).max
+    return bits.amax(dim=-1, keepdim=True).view(blocks.dtype).float()
+
+
+def _round_e2m1(y):
+    """|y| <= 6, float32, to the nearest E2M1 value, ties to even.
+
+    Let p be the power of two in (|y| / 2, |y|], at least 1: codes near y are p / 2 apart. Float32
+    numbers near 1.5 * 2^22 * p are p / 2 apart too, so adding and subtracting that rounds y.
+    """
+    p = (y.view(torch.int32) & 0x7F800000).view(torch.float32).clamp(min=1.0)
+    return torch.add(y, p, alpha=1.5 * 2**22).sub_(p, alpha=1.5 * 2**22)
+
+
+# ---------------------------------------------------------------------------------------------
+# Linear layers
+
+
+def _exact_values(x2d, precision, block):
+    """x2d (M, K) -> (BF16 values that hold the quantized numbers exactly, the float32 scale that
+    the matmul's result is multiplied by)."""
+    if precision == "fp8":  # E4M3 with one scale a tensor, TE's Float8CurrentScaling
+        amax = x2d.abs().amax().float()
+        multiplier = torch.where(amax == 0, 1.0, E4M3_MAX / amax)
+        values = (x2d.float() * multiplier).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+        return values.to(torch.bfloat16), multiplier.reciprocal()
+    if block == (1, 16):
+        values, amax = _fake_quantize_rows(x2d, torch.bfloat16, decode=False)
+    else:
+        y, scales, amax, _ = _scale_blocks(_tile(x2d, block), four_over_six=False)
+        values = _untile(_round_e2m1(y) * scales, x2d.shape).to(torch.bfloat16)
+    return values, _global_step(amax, E4M3_MAX)
+
+
+class SimulatedLinear(nn.Module):
+    """A linear layer (or a 1x1 convolution) whose matmul has the numbers of an FP4 tensor core.
+
+    The weight is quantized by `set_weight`, once a sync; activations at each call. Input
+    (..., in) or, for a convolution, (n, in, h, w); any number of tokens and features.
+    """
+
+    def __init__(self, layer, precision):
+        super().__init__()
+        self.precision, self.pointwise = precision, isinstance(layer, nn.Conv2d)
+        self.bias = layer.bias
+        self.register_buffer("values", None, persistent=False)
+        self.register_buffer("scale", None, persistent=False)
+        self.set_weight(layer.weight)
+
+    @torch.no_grad()
+    def set_weight(self, weight):
+        """weight (out, in), or (out, in, 1, 1) of a convolution."""
+        self.values, self.scale = _exact_values(weight.flatten(1), self.precision, (16, 16))
+
+    def forward(self, x):
+        if self.pointwise:
+            x = x.movedim(1, -1)
+        values, scale = _exact_values(x.reshape(-1, x.shape[-1]), self.precision, (1, 16))
+        y = F.linear(values, self.values).float().mul_(scale * self.scale)
+        if self.bias is not None:
+            y.add_(self.bias)
+        y = y.to(x.dtype).unflatten(0, x.shape[:-1])
+        return y.movedim(-1, 1) if self.pointwise else y
+
+
+PRECISIONS = ("nvfp4", "fp8", "bf16")
+
+
+def quantize_linears(model, precision, skip=(), min_dim=0):
+    """Swap the linear layers and 1x1 convolutions of `model` in place.
+
+    precision: "nvfp4", "fp8", or "bf16" (nothing is swapped). A layer stays as it is where a
+    part of its dotted name is in `skip`, or where max(in, out) <= min_dim (the paper's rule).
+    Returns rows (name, in, out, precision or the reason it was kept). `backend` says what runs.
+    Raises ValueError on an unknown precision.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision {precision!r} is not one of {', '.join(PRECISIONS)}")
+    rows = []
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear):
+            sizes = layer.in_features, layer.out_features
+        elif isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and layer.groups == 1:
+            sizes = layer.in_channels, layer.out_channels
+        else:
+            continue
+        skipped = [part for part in skip if f".{part}." in f".{name}."]
+        if precision == "bf16":
+            outcome = "kept: precision is bf16"
+        elif skipped:
+            outcome = f"kept: {skipped[0]}"
+        elif max(sizes) <= min_dim:
+            outcome = f"kept: max(in, out) <= {min_dim}"
+        else:
+            outcome = precision
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, SimulatedLinear(layer, precision))
+        rows.append((name, *sizes, outcome))
+    return rows
+
+
+def backend(precision):
+    """One line that says what runs a layer of this precision on this machine, and why."""
+    if precision == "bf16":
+        return "bf16: torch"
+    if not torch.cuda.is_available():
+        return f"{precision}: simulated (no CUDA GPU)"
+    major, minor = torch.cuda.get_device_capability()
+    if precision == "nvfp4" and major < 10:
+        return f"nvfp4: simulated (sm{major}{minor} has no FP4)"
+    return f"{precision}: simulated (the Transformer Engine path is not built yet)"

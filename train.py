@@ -1,0 +1,393 @@
+"""Sol-RL: explore in FP4, train in BF16 (arXiv 2604.06916, Algorithm 1).
+
+    python train.py --model sana                        # tiny SANA, a few minutes on a laptop
+    python train.py --model sana --family diffusionnft  # the baseline without a pool
+    python train.py --help                              # every option and its default
+
+Departures from the paper
+ 1. One process; 48 prompts an iteration over 8 GPUs are --prompts_per_step on one.
+ 2. The old policy draws (explore and regenerate); at the paper's eta it lags the policy by little.
+ 3. Where NVFP4 is simulated, layers are chosen by the paper's rule in diffusers' layout, which
+    keeps q, k and v apart and writes SANA's feed-forward as 1x1 convolutions; these count as linear.
+ 4. The tiny models have settings of their own (TINY below); the method is the same.
+
+Symbols, the same in every file
+    x_0, x_t, noise   a sample, (1 - t) x_0 + t noise, standard normal noise; (n, c, h, w)
+    t                 time in [0, 1], 1 is noise
+    v, v_old, v_ref   velocity (noise - x_0) by the policy, the old policy, the base model
+    r, A              reward; advantage
+    N, K, P           pool (--pool), kept (--keep), prompts an iteration (--prompts_per_step)
+    beta, kl, eta     policy mix (--nft_beta), KL weight, share of itself the old policy keeps
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+import models
+import quant
+from config import FAMILIES, OptionError, parse, split_prompts
+from report import Report
+from reward import RewardError, build_reward
+from rollout import candidate_seeds, draw, initial_noise, sample, sampling_times
+
+# `import select` may give the standard library's module of that name: load ours by its path.
+_spec = importlib.util.spec_from_file_location("selection", Path(__file__).with_name("select.py"))
+selection = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(selection)
+
+# Places in (run seed, step, prompt) that no training prompt takes.
+UPDATE, EVALUATION, ORDER = 2**32 - 1, 2**32 - 2, 2**32 - 3
+
+
+# ---------------------------------------------------------------------------------------------
+# The loss (DiffusionNFT, arXiv 2509.16117)
+
+
+def group_advantages(rewards, adv_clip=5.0):
+    """A = (r - mean over the prompt's K) / (std over all + 1e-4), clipped; (P, K) -> (P, K).
+
+    One std for all prompts: a prompt whose candidates hardly differ keeps small advantages."""
+    centred = rewards - rewards.mean(dim=1, keepdim=True)
+    return (centred / (rewards.std(correction=0) + 1e-4)).clamp(-adv_clip, adv_clip)
+
+
+def nft_loss(v, v_old, v_ref, x_t, x_0, t, advantages, beta=1.0, adv_clip=5.0, kl=1e-4):
+    """The DiffusionNFT loss with the paper's self-normalized weights; all (B, ...) but t and
+    advantages (B,). Returns (scalar loss, dict of detached scalar metrics).
+
+    Gradients flow through v alone. With beta = 1 and v = v_old the value does not depend on the
+    advantages; the gradient does, as 2 r - 1.
+    """
+    v_old, v_ref = v_old.detach(), v_ref.detach()
+    t = t.reshape(-1, *[1] * (x_0.dim() - 1))
+    r = (advantages / adv_clip).clamp(-1, 1) / 2 + 0.5  # (B,) in [0, 1]
+
+    def distance(v_sign):
+        x_0_hat = x_t - t * v_sign
+        error = (x_0_hat - x_0).flatten(1)
+        w = error.detach().abs().mean(dim=1, keepdim=True).clamp(min=1e-5)
+        return (error**2 / w).mean(dim=1)  # (B,)
+
+    l_plus = distance(beta * v + (1 - beta) * v_old)
+    l_minus = distance((1 + beta) * v_old - beta * v)
+    policy_loss = (adv_clip / beta * (r * l_plus + (1 - r) * l_minus)).mean()
+    divergence = ((v - v_ref) ** 2).mean()
+    loss = policy_loss + kl * divergence
+    metrics = {"loss": loss, "loss/policy": policy_loss, "kl": divergence}
+    metrics["old_divergence"] = ((v - v_old) ** 2).mean()
+    return loss, {name: value.detach() for name, value in metrics.items()}
+
+
+# ---------------------------------------------------------------------------------------------
+# One iteration
+
+
+def iteration(run, step):
+    """Algorithm 1, once. Returns the step's metrics and its picture's (row, candidates)."""
+    c, transformer = run.config, run.model.transformer
+    family, keep = FAMILIES[c.family], getattr(selection, c.select)
+    rows, explored, trained = run.prompts_of(step), [], []
+    if run.explorer:
+        with run.clock("explore"):
+            models.sync(run.explorer, transformer, "old")
+
+    for row in rows:
+        # Explore: N candidates of the old policy, drawn cheaply and scored.
+        seeds = candidate_seeds(c.seed, step, row, c.pool if family.explore else c.keep)
+        with run.explorer_or_old_policy() as drawer:
+            pool = rollout(run, "explore", drawer, row, seeds)
+
+        # Select: the best and the worst; of a two-stage pool only their seeds survive.
+        with run.clock("select"):
+            kept = keep(pool.rewards, c.keep)
+        samples = pool.take(kept)
+        explored.append(samples)
+
+        # Regenerate: the kept seeds in BF16, from the same noise, scored again.
+        if family.regenerate:
+            with models.policy(transformer, "old") as old:
+                samples = rollout(run, "regenerate", old, row, [seeds[i] for i in kept])
+        trained.append(samples)
+
+    # Advantages: from the rewards of what is trained on, never from the explorer's.
+    rewards = torch.stack([samples.rewards for samples in trained])  # (P, K)
+    advantages = group_advantages(rewards, c.adv_clip)
+
+    # Update the policy; then the old policy and the EMA follow it.
+    with run.clock("train"):
+        x_0 = torch.cat([samples.latents for samples in trained])
+        metrics = update(run, x_0, torch.tensor(rows), advantages, step)
+        models.follow(transformer, "old", eta=min(0.001 * (step + 1), 0.5))
+        models.follow(transformer, "ema", eta=c.ema_decay)
+
+    return reward_metrics(rewards, explored, c.keep) | metrics, (rows[0], explored[0], trained[0])
+
+
+@dataclasses.dataclass
+class Candidates:
+    """What is kept of one prompt's drawn candidates."""
+
+    rewards: torch.Tensor  # (n,) float32
+    latents: torch.Tensor  # (n, c, h, w) float32, or None where the images are thrown away
+    images: dict  # index -> (3, H, W), of a few, for the picture
+
+    def take(self, kept):
+        latents = None if self.latents is None else self.latents[kept]
+        images = {place: self.images[i] for place, i in enumerate(kept) if i in self.images}
+        return Candidates(self.rewards[kept], latents, images)
+
+
+def rollout(run, stage, transformer, row, seeds):
+    """Draw the candidates `seeds` of training prompt `row` and score them; stage "explore" or
+    "regenerate" says with how many steps, and where the time is booked."""
+    c, text = run.config, run.train.text.take(row)
+    proxy = stage == "explore" and FAMILIES[c.family].regenerate
+    steps = c.explore_steps if proxy else c.rollout_steps
+    pieces = draw(run.model, transformer, text, seeds, steps, c.micro_batch)
+    rewards, latents, shown = [], [], {}
+    while True:
+        with run.clock(stage):
+            piece = next(pieces, None)
+        if piece is None:
+            break
+        shown |= {len(rewards) + i: image.cpu() for i, image in enumerate(piece[1])}
+        rewards += run.score(piece[1], run.train, [row] * len(piece[1])).tolist()
+        if not proxy:
+            latents.append(piece[0].cpu())
+        if stage == "explore":
+            order = sorted(shown, key=lambda i: -rewards[i])
+            shown = {i: shown[i] for i in order[:4] + order[-4:]}
+    return Candidates(torch.tensor(rewards), None if proxy else torch.cat(latents), shown)
+
+
+def update(run, x_0, rows, advantages, step):
+    """One optimizer step on x_0 (P * K, c, h, w), samples of prompts rows (P,), with advantages
+    (P, K). Each is trained at a random share of the sampling times, each with its own noise."""
+    c, model, transformer = run.config, run.model, run.model.transformer
+    rows, advantages = rows.repeat_interleave(c.keep), advantages.flatten()
+    times = sampling_times(model, c.rollout_steps)
+    trained = max(1, round(c.timestep_fraction * c.rollout_steps))
+    seeds = candidate_seeds(c.seed, step, UPDATE, 1 + len(x_0) * trained)
+    shuffle = torch.Generator().manual_seed(seeds.pop(0))
+    which = torch.rand(len(x_0), len(times), generator=shuffle).argsort(dim=1)[:, :trained]
+    totals = {}
+    for part in torch.arange(len(x_0)).split(c.micro_batch):
+        text, share = run.train.text.take(rows[part]), len(part) / (len(x_0) * trained)
+        target, weight = x_0[part].to(c.device), advantages[part].to(c.device)
+        for j in range(trained):
+            t = times[which[part, j]].to(c.device)
+            noise = initial_noise([seeds[i * trained + j] for i in part], model.latent_shape)
+            x_t = torch.lerp(target, noise.to(c.device), t[:, None, None, None])
+            with torch.no_grad(), models.policy(transformer, "old"):
+                v_old = model.velocity(transformer, x_t, t, text)
+            with torch.no_grad(), models.policy(transformer, "base"):
+                v_ref = model.velocity(transformer, x_t, t, text)
+            v = model.velocity(transformer, x_t, t, text)
+            loss, metrics = nft_loss(
+                v, v_old, v_ref, x_t, target, t, weight, c.nft_beta, c.adv_clip, c.kl
+            )
+            (loss * share).backward()
+            for name, value in metrics.items():
+                totals[name] = totals.get(name, 0.0) + float(value) * share
+    policy = models.lora_parameters(transformer, "default")
+    norm = torch.nn.utils.clip_grad_norm_(policy, c.max_grad_norm, error_if_nonfinite=True)
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    return totals | {"grad_norm": float(norm)}
+
+
+def reward_metrics(rewards, explored, k):
+    """What is logged of the rewards (P, K) and of how the explorer had ranked them."""
+    metrics = {
+        "reward/mean": rewards.mean(),
+        "reward/best": rewards.amax(dim=1).mean(),
+        "reward/worst": rewards.amin(dim=1).mean(),
+        "reward/std": rewards.std(correction=0),
+        "reward/spread": (rewards.amax(dim=1) - rewards.amin(dim=1)).mean(),
+    }
+    ranks = [
+        selection.rank_fidelity(samples.rewards, truth, k // 2)
+        for samples, truth in zip(explored, rewards)
+    ]
+    for name in ("kendall_tau", "spearman_rho"):
+        metrics[f"fidelity/{name}"] = sum(rank[name] for rank in ranks) / len(ranks)
+    return {name: float(value) for name, value in metrics.items()}
+
+
+# ---------------------------------------------------------------------------------------------
+# A run
+
+
+class Clock:
+    """Seconds by stage: `with clock("explore"): ...`"""
+
+    def __init__(self):
+        self.seconds = dict.fromkeys(("explore", "select", "regenerate", "reward", "train"), 0.0)
+
+    @contextlib.contextmanager
+    def __call__(self, stage):
+        start = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds[stage] += time.perf_counter() - start
+
+
+class Run:
+    """What an iteration works with: model, explorer, prompts, reward, optimizer, clock."""
+
+    def __init__(self, config):
+        c = self.config = config
+        self.train, self.held_out = split_prompts(c)
+        if c.pretrained:
+            world = None
+            folder = models.FAMILIES[c.model].published if c.pretrained == "published" else c.pretrained
+        else:
+            import tiny  # with its training code, which a pretrained model does without
+
+            world = tiny.ensure()
+            folder = world / c.model
+        self.reward = build_reward(c.reward, c.device, world)
+        self.model = models.load(c.model, folder, c.device)
+        for part in (self.train, self.held_out):
+            part.text = self.model.encode(part.prompts)
+        self.model.pipe.text_encoder = None  # its work is done
+        self.explorer, self.layers = None, []
+        if FAMILIES[c.family].quantized:
+            self.explorer, self.layers = models.make_explorer(self.model, c.precision, c.min_dim)
+        torch.manual_seed(c.seed)
+        models.add_lora(self.model, c.lora_rank, alpha=2 * c.lora_rank)
+        self.optimizer = torch.optim.AdamW(
+            models.lora_parameters(self.model.transformer, "default"),
+            lr=c.learning_rate,
+            weight_decay=1e-4,
+        )
+        self.clock = Clock()
+
+    def explorer_or_old_policy(self):
+        if self.explorer:
+            return contextlib.nullcontext(self.explorer)
+        return models.policy(self.model.transformer, "old")
+
+    def prompts_of(self, step):
+        """Rows of the P training prompts of a step: one pass after another over all of them, each
+        in an order of its own."""
+        n, rows = len(self.train.prompts), []
+        P = self.config.prompts_per_step
+        for place in range(step * P, (step + 1) * P):
+            seed = candidate_seeds(self.config.seed, place // n, ORDER, 1)[0]
+            order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+            rows.append(int(order[place % n]))
+        return rows
+
+    def score(self, images, prompts, rows):
+        with self.clock("reward"):
+            metadata = [prompts.metadata[i] for i in rows]
+            return self.reward(images, [prompts.prompts[i] for i in rows], metadata)
+
+
+def evaluate(run):
+    """Reward of the EMA policy on held-out prompts, the noise the same in every run: (mean,
+    standard error of the mean over prompts)."""
+    c, n = run.config, len(run.held_out.prompts)
+    rows = [i for i in range(n) for _ in range(c.eval_images)]
+    seeds = [s for i in range(n) for s in candidate_seeds(0, EVALUATION, i, c.eval_images)]
+    rewards = []
+    with models.policy(run.model.transformer, "ema") as ema:
+        for i in range(0, len(rows), c.micro_batch):
+            part, noise = rows[i : i + c.micro_batch], seeds[i : i + c.micro_batch]
+            noise = initial_noise(noise, run.model.latent_shape)
+            x_0 = sample(run.model, ema, run.held_out.text.take(part), noise, c.eval_steps)
+            rewards.append(run.score(run.model.decode(x_0), run.held_out, part))
+    of_prompt = torch.cat(rewards).reshape(n, c.eval_images).mean(dim=1)
+    return float(of_prompt.mean()), float(of_prompt.std() / n**0.5)
+
+
+def train(config):
+    """The whole run."""
+    c, run = config, Run(config)
+    report = Report(run)
+    start = load_checkpoint(run, report) if c.resume else 0
+    try:
+        if start == 0:
+            report.evaluated(0, *evaluate(run))
+        for step in tqdm(range(start, c.steps), desc=c.family, initial=start, total=c.steps):
+            metrics, picture = iteration(run, step)
+            done = step + 1
+            if done % c.eval_every == 0 or done == c.steps:
+                report.evaluated(done, *evaluate(run))
+                report.picture(done, *picture)
+                save_checkpoint(run, done)
+            report.step(done, metrics)
+    except KeyboardInterrupt:
+        report.stopped()
+        return 130
+    models.save_lora(run.model, "ema", report.folder / "lora")
+    report.finish()
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------
+# Checkpoints. Every random number follows from (seed, step), so there is no random state to keep.
+
+
+def save_checkpoint(run, step):
+    """checkpoints/step_NNNN.safetensors: the three adapters and AdamW's state after `step`."""
+    transformer, tensors = run.model.transformer, {}
+    for adapter in models.ADAPTERS:
+        for i, p in enumerate(models.lora_parameters(transformer, adapter)):
+            tensors[f"{adapter}.{i}"] = p.detach().contiguous()
+    for i, state in run.optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{i}.{name}": value for name, value in state.items()}
+    path = Path(run.config.output_dir) / "checkpoints" / f"step_{step:04d}.safetensors"
+    path.parent.mkdir(exist_ok=True)
+    save_file(tensors, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def load_checkpoint(run, report):
+    """Continue from the run folder's last checkpoint; returns its step."""
+    paths = sorted((report.folder / "checkpoints").glob("step_*.safetensors"))
+    if not paths:
+        raise OptionError(f"--resume {report.folder}: there is no checkpoint in it")
+    step, tensors = int(paths[-1].stem.split("_")[1]), load_file(paths[-1])
+    if step >= run.config.steps:
+        raise OptionError(f"--resume {report.folder}: it has done {step} steps; give more --steps")
+    state = {}
+    for name, value in tensors.items():
+        owner, i, *entry = name.split(".")
+        if owner == "optimizer":
+            state.setdefault(int(i), {})[entry[0]] = value
+        else:
+            models.lora_parameters(run.model.transformer, owner)[int(i)].data.copy_(value)
+    groups = run.optimizer.state_dict()["param_groups"]
+    run.optimizer.load_state_dict({"state": state, "param_groups": groups})
+    report.rewind(step)
+    return step
+
+
+def main(argv=None):
+    """Run the command line; returns the exit code: 0, 2 on bad input, 130 on Ctrl-C."""
+    try:
+        return train(parse(argv, __doc__))
+    except (OptionError, RewardError, OSError) as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        return 2
+    except SystemExit as request:  # --help
+        return request.code or 0
+    except KeyboardInterrupt:
+        print("train.py: interrupted before the first step; nothing to keep", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
