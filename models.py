@@ -97,7 +97,7 @@ def load(name, folder, device="cpu", dtype=torch.bfloat16):
     Raises OSError where the folder is missing or broken or the hub cannot be reached.
     """
     family = FAMILIES[name]
-    pipe = family.pipeline.from_pretrained(folder, torch_dtype=dtype).to(device)
+    pipe = family.pipeline.from_pretrained(folder, dtype=dtype).to(device)
     for part in (pipe.transformer, pipe.vae, pipe.text_encoder):
         part.requires_grad_(False).eval()
     return family(pipe)

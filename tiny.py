@@ -112,12 +112,12 @@ def worsen(images, generator):
     """The same pictures (n, 3, h, w), each bent, blurred and noised by a random amount: what the
     reward learns to like less than the original."""
     n, _, h, w = images.shape
-    amount = torch.rand(4, n, 1, 1, 1, generator=generator)
+    amount = 0.4 + 0.6 * torch.rand(3, n, 1, 1, 1, generator=generator)
     bend = torch.randn(n, 2, 4, 4, generator=generator)
     bend = F.interpolate(bend, size=(h, w), mode="bicubic").permute(0, 2, 3, 1)
     identity = torch.eye(2, 3).expand(n, 2, 3)
     grid = F.affine_grid(identity, images.shape, align_corners=False)
-    grid = grid + bend * amount[0] * (5.0 / w)
+    grid = grid + bend * amount[0] * (8.0 / w)
     bent = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
     blurred = F.avg_pool2d(F.pad(bent, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     blurred = torch.lerp(bent, blurred, amount[1] ** 2)
@@ -266,8 +266,8 @@ def _sana(vae, latents, things, generator, steps, progress):
     )
     torch.nn.init.zeros_(transformer.proj_out.weight)
     torch.nn.init.zeros_(transformer.proj_out.bias)
-    scheduler = DPMSolverMultistepScheduler(  # SANA's own, with no shift at this resolution
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0
+    scheduler = DPMSolverMultistepScheduler(  # SANA's own; its shift of 3 is for larger pictures
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.5
     )
     pipe = SanaPipeline(tokenizer, text_encoder, vae, transformer, scheduler)
     sana = models.Sana(pipe)
@@ -305,11 +305,11 @@ def pretrain(folder, scale=1.0, progress=True):
     clip, tokenizer = _clip(
         torch.cat([seen[: len(seen) // len(TRAIN) * len(TRAIN)], images[: len(images) // 2]]),
         generator,
-        steps(160),
+        steps(300),
         progress,
     )
     latents = latents * vae.config.scaling_factor
-    pipe = _sana(vae, latents, things, generator, steps(450), progress)
+    pipe = _sana(vae, latents, things, generator, steps(270), progress)
     transformers_logging.disable_progress_bar()
     pipe.save_pretrained(folder / "sana")
     clip.save_pretrained(folder / "clip")
