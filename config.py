@@ -78,10 +78,11 @@ class Config:
 
 
 TINY = dict(
-    steps=24,
+    steps=20,
     prompts_per_step=6,
     min_dim=0,
-    eval_every=4,
+    eval_every=5,
+    eval_images=4,
     micro_batch=48,
     learning_rate=1e-3,
     lora_rank=16,

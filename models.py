@@ -9,6 +9,7 @@ its transformer is called. Everything else is shared. Convention everywhere:
 import contextlib
 import copy
 import inspect
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -120,8 +121,10 @@ def add_lora(model, rank, alpha):
         init_lora_weights="gaussian",
         target_modules=list(model.lora_targets),
     )
-    for adapter in ADAPTERS:
-        transformer.add_adapter(config, adapter_name=adapter)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # meant so
+        for adapter in ADAPTERS:
+            transformer.add_adapter(config, adapter_name=adapter)
     for adapter in ADAPTERS:
         for p, first in zip(
             lora_parameters(transformer, adapter), lora_parameters(transformer, "default")
