@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import importlib.util
 import json
+import os
 import time
 from pathlib import Path
 
@@ -130,11 +131,18 @@ def _resumed_config(folder, given):
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise OptionError(f"--resume {folder}: no readable config.json of a run there") from error
     free = {"resume", "steps", "device"}
+    saved_steps = sorted((folder / "checkpoints").glob("step_*.safetensors"))
+    if not saved_steps:
+        raise OptionError(f"--resume {folder}: there is no checkpoint in it")
     changed = [k for k, v in given.items() if k not in free and v != saved[k]]
     if changed:
         raise OptionError(f"--resume {folder}: --{changed[0]} differs from the run's; start a new run")
     given = {k: v for k, v in given.items() if k in free}
-    return dataclasses.replace(config, **given, output_dir=str(folder))
+    config = dataclasses.replace(config, **given, output_dir=str(folder))
+    done = int(saved_steps[-1].stem.split("_")[1])
+    if done >= config.steps:
+        raise OptionError(f"--resume {folder}: it has done {done} steps; give more --steps")
+    return config
 
 
 def _check(c):
@@ -166,6 +174,9 @@ def _check(c):
     if c.report_to != "none" and importlib.util.find_spec(c.report_to) is None:
         raise OptionError(f"--report_to {c.report_to}: not installed; pip install {c.report_to}")
     out = Path(c.output_dir)
+    above = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise OptionError(f"--output_dir {out}: cannot write in {above}; choose another")
     if not c.resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OptionError(f"--output_dir {out} is taken; choose another, or --resume {out}")
 

@@ -14,8 +14,10 @@ from typing import NamedTuple
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SanaPipeline
+from diffusers.utils import logging as diffusers_logging
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from transformers.utils import logging as transformers_logging
 
 import quant
 
@@ -98,6 +100,8 @@ def load(name, folder, device="cpu", dtype=torch.bfloat16):
     Raises OSError where the folder is missing or broken or the hub cannot be reached.
     """
     family = FAMILIES[name]
+    diffusers_logging.disable_progress_bar()  # loading bars, over before they can be read
+    transformers_logging.disable_progress_bar()
     pipe = family.pipeline.from_pretrained(folder, dtype=dtype).to(device)
     for part in (pipe.transformer, pipe.vae, pipe.text_encoder):
         part.requires_grad_(False).eval()

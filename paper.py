@@ -73,7 +73,7 @@ def fidelity(prompts=16, pool=96, keep=12, explore_steps=6, rollout_steps=10):
     print(f"\nNVFP4 in micro-batches of {pool} against 16, rho: {m:.3f} ± {e:.3f}")
 
 
-def families(seeds, folder=Path("runs/families"), jobs=2):
+def families(seeds, steps, folder=Path("runs/families"), jobs=2):
     """Held-out reward of the four rollout families at equal updates: a table and a picture."""
     tiny.ensure()  # once, before the runs share it
 
@@ -81,7 +81,7 @@ def families(seeds, folder=Path("runs/families"), jobs=2):
         out = folder / f"{family}_{seed}"
         if not (out / "lora").is_dir():
             command = [sys.executable, "train.py", "--family", family, "--seed", str(seed)]
-            command += ["--output_dir", str(out)]
+            command += ["--steps", str(steps), "--output_dir", str(out)]
             threads = dict(OMP_NUM_THREADS=str(max(1, os.cpu_count() // jobs)))
             log = folder / f"{family}_{seed}.log"
             with open(log, "w") as output:
@@ -134,11 +134,12 @@ def main(argv=None):
     parser.add_argument("what", choices=("fidelity", "families"))
     parser.add_argument("--prompts", type=int, default=16, help="of fidelity")
     parser.add_argument("--seeds", type=int, default=3, help="runs a family")
+    parser.add_argument("--steps", type=int, default=10, help="optimizer steps of a run")
     arguments = parser.parse_args(argv)
     if arguments.what == "fidelity":
         fidelity(arguments.prompts)
     else:
-        families(arguments.seeds)
+        families(arguments.seeds, arguments.steps)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ so that it feels fine detail and not only the class of what is drawn.
 """
 
 import importlib.util
+import math
 from pathlib import Path
 
 import torch
@@ -77,18 +78,13 @@ def build_reward(spec, device="cpu", tiny=False):
     the folder they are in. Returns callable(images, prompts, metadata=None) -> float32 (n,) on
     the CPU. Raises RewardError on a bad spec, and later on scores that cannot be used.
     """
+    parts = read_spec(spec)
     if tiny is True:
-        from tiny import ensure  # only here: the tiny world stands on the models, not under them
+        from tiny import ensure  # only here: the tiny world stands on rewards, not under them
 
         tiny = ensure()
-    parts = []
-    for item in spec.split(","):
-        name, _, weight = item.strip().rpartition(":")
-        try:
-            weight = float(weight)
-        except ValueError:
-            name, weight = item.strip(), 1.0
-        parts.append((name, weight, _build_one(name, device, Path(tiny) if tiny else None)))
+    folder = Path(tiny) if tiny else None
+    parts = [(name, w, f or PUBLISHED[name](device, folder)) for name, w, f in parts]
 
     def reward(images, prompts, metadata=None):
         metadata = metadata or [{} for _ in prompts]
@@ -97,9 +93,23 @@ def build_reward(spec, device="cpu", tiny=False):
     return reward
 
 
-def _build_one(name, device, tiny):
-    if name in PUBLISHED:
-        return PUBLISHED[name](device, tiny)
+def read_spec(spec):
+    """A spec -> [(name, weight, the user's function, or None for a published reward)]. Loads no
+    weights, so it can be called before any work is done. Raises RewardError."""
+    parts = []
+    for item in spec.split(","):
+        name, _, weight = item.strip().rpartition(":")
+        try:
+            weight = float(weight)
+        except ValueError:
+            name, weight = item.strip(), 1.0
+        if not math.isfinite(weight):
+            raise RewardError(f"--reward {item.strip()!r}: the weight must be a finite number")
+        parts.append((name, weight, None if name in PUBLISHED else _function(name)))
+    return parts
+
+
+def _function(name):
     path, _, function = name.rpartition(":")
     if not path.endswith(".py"):
         known = ", ".join(PUBLISHED)

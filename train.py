@@ -36,7 +36,7 @@ import models
 import quant
 from config import FAMILIES, OptionError, parse, split_prompts
 from report import Report
-from reward import RewardError, build_reward
+from reward import RewardError, build_reward, read_spec
 from rollout import candidate_seeds, draw, initial_noise, sample, sampling_times
 
 # `import select` may give the standard library's module of that name: load ours by its path.
@@ -199,7 +199,9 @@ def update(run, x_0, rows, advantages, step):
             for name, value in metrics.items():
                 totals[name] = totals.get(name, 0.0) + float(value) * share
     policy = models.lora_parameters(transformer, "default")
-    norm = torch.nn.utils.clip_grad_norm_(policy, c.max_grad_norm, error_if_nonfinite=True)
+    norm = torch.nn.utils.clip_grad_norm_(policy, c.max_grad_norm)
+    if not torch.isfinite(norm):
+        raise FloatingPointError(f"step {step + 1}: the gradient is {float(norm)}; nothing updated")
     run.optimizer.step()
     run.optimizer.zero_grad()
     return totals | {"grad_norm": float(norm)}
@@ -247,19 +249,28 @@ class Run:
 
     def __init__(self, config):
         c = self.config = config
+        read_spec(c.reward)  # what is wrong with it should not wait for the models
         self.train, self.held_out = split_prompts(c)
         if c.pretrained:
-            world = None
-            folder = models.FAMILIES[c.model].published if c.pretrained == "published" else c.pretrained
+            world, folder = False, c.pretrained
+            if folder == "published":
+                folder = models.FAMILIES[c.model].published
         else:
             import tiny  # with its training code, which a pretrained model does without
 
             world = tiny.ensure()
             folder = world / c.model
+        try:
+            self.model = models.load(c.model, folder, c.device)
+        except (OSError, ValueError) as error:
+            raise OptionError(f"--pretrained {folder}: {str(error).splitlines()[0]}") from error
         self.reward = build_reward(c.reward, c.device, world)
-        self.model = models.load(c.model, folder, c.device)
+        self.clock = Clock()
         for part in (self.train, self.held_out):
             part.text = self.model.encode(part.prompts)
+            # One picture of noise: a reward that fails should do so before anything is written.
+            noise = initial_noise([0], self.model.latent_shape).to(c.device)
+            self.score(self.model.decode(noise), part, [0])
         self.model.pipe.text_encoder = None  # its work is done
         self.explorer, self.layers = None, []
         if FAMILIES[c.family].quantized:
@@ -271,7 +282,6 @@ class Run:
             lr=c.learning_rate,
             weight_decay=1e-4,
         )
-        self.clock = Clock()
 
     def explorer_or_old_policy(self):
         if self.explorer:
@@ -357,11 +367,7 @@ def save_checkpoint(run, step):
 def load_checkpoint(run, report):
     """Continue from the run folder's last checkpoint; returns its step."""
     paths = sorted((report.folder / "checkpoints").glob("step_*.safetensors"))
-    if not paths:
-        raise OptionError(f"--resume {report.folder}: there is no checkpoint in it")
     step, tensors = int(paths[-1].stem.split("_")[1]), load_file(paths[-1])
-    if step >= run.config.steps:
-        raise OptionError(f"--resume {report.folder}: it has done {step} steps; give more --steps")
     state = {}
     for name, value in tensors.items():
         owner, i, *entry = name.split(".")
@@ -382,6 +388,9 @@ def main(argv=None):
     except (OptionError, RewardError, OSError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
+    except FloatingPointError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 1
     except SystemExit as request:  # --help
         return request.code or 0
     except KeyboardInterrupt:

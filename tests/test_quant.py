@@ -143,8 +143,9 @@ def test_the_simulated_linear_is_the_product_of_dequantized_operands(tokens, fea
     xq = quant.quantize_nvfp4(x).dequantize(torch.float64)
     wq = quant.quantize_nvfp4(layer.weight.detach(), (16, 16)).dequantize(torch.float64)
     expected = xq @ wq.T + (layer.bias.double() if bias else 0)
-    # The sum and the result are rounded to BF16 (2^-9 each); the sum itself is float32's.
-    summed = 2.0**-18 * (xq.abs() @ wq.abs().T)
+    # The sum and the result are rounded to BF16 (2^-9 each). TE holds its own kernels to 8e-3; a
+    # CPU's BF16 matmul may keep partial sums in BF16, which costs some of that.
+    summed = 2.0**-9 * (xq.abs() @ wq.abs().T)
     tolerance = 2.0**-8 * (expected.abs() + (layer.bias.double().abs() if bias else 0)) + summed
     assert ((got.double() - expected).abs() <= 1.01 * tolerance).all()
 
