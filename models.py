@@ -58,15 +58,21 @@ class Sana:
 
     @torch.no_grad()
     def encode(self, prompts):
-        """A list of n prompts -> Text, as SanaPipeline encodes them by default, cut after the
-        longest prompt's last token: what follows is padding, which attention masks out."""
-        embeds, mask, _, _ = self.pipe.encode_prompt(
-            list(prompts),
-            do_classifier_free_guidance=False,
-            complex_human_instruction=self.instruction(),
-        )
-        longest = int(mask.sum(dim=1).max())
-        return Text(embeds[:, :longest], mask[:, :longest])
+        """A list of n prompts -> Text, as SanaPipeline encodes them by default, but padded only to
+        the longest of them: attention masks padding out, and the pipeline's 300 tokens of it cost
+        more than the prompts."""
+        prefix, tokenizer = "\n".join(self.instruction()), self.pipe.tokenizer
+        longest = max(len(ids) for ids in tokenizer([prefix + p for p in prompts]).input_ids)
+        parts = [
+            self.pipe.encode_prompt(
+                prompts[i : i + 32],
+                do_classifier_free_guidance=False,
+                complex_human_instruction=self.instruction(),
+                max_sequence_length=min(300, longest - len(tokenizer.encode(prefix)) + 2),
+            )
+            for i in range(0, len(prompts), 32)
+        ]
+        return Text(torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]))
 
     def velocity(self, transformer, x_t, t, text):
         """v float32 like x_t (n, c, h, w), at times t (n,) in [0, 1]; no guidance."""
