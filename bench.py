@@ -18,7 +18,7 @@ from rollout import candidate_seeds, initial_noise, sample
 
 
 def medians(functions, repeats=15):
-    """Median milliseconds of each function, taken in turns so that they share the machine's moods."""
+    """Median milliseconds of each function, taken in turns: they share the machine's moods."""
     seconds = {name: [] for name in functions}
     for round_ in range(2 + repeats):
         for name, function in functions.items():
@@ -56,13 +56,17 @@ def exploring(device):
     explorer, _ = models.make_explorer(model, "nvfp4")
     text = model.encode(tiny.HELD_OUT_PROMPTS[:1]).take([0] * 96)
     noise = initial_noise(candidate_seeds(0, 0, 0, 96), model.latent_shape)
-    ms = medians({
-        "bf16": lambda: sample(model, model.transformer, text, noise, 1),
-        "nvfp4": lambda: sample(model, explorer, text, noise, 1),
-    })
+    ms = medians(
+        {
+            "bf16": lambda: sample(model, model.transformer, text, noise, 1),
+            "nvfp4": lambda: sample(model, explorer, text, noise, 1),
+        }
+    )
     ratio = ms["nvfp4"] / ms["bf16"]
-    print(f"\na step for 96 images: BF16 {ms['bf16']:.1f} ms, simulated NVFP4 {ms['nvfp4']:.1f} ms, "
-          f"{ratio:.2f}x")
+    print(
+        f"\na step for 96 images: BF16 {ms['bf16']:.1f} ms, simulated NVFP4 {ms['nvfp4']:.1f} ms, "
+        f"{ratio:.2f}x"
+    )
 
 
 if __name__ == "__main__":

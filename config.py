@@ -117,7 +117,7 @@ def parse(argv, description=None):
     if given.get("resume"):
         config = _resumed_config(Path(given["resume"]), given)
     else:
-        config = Config(**((given if given.get("pretrained") else TINY | given)))
+        config = Config(**(given if given.get("pretrained") else TINY | given))
     if not config.output_dir:
         config.output_dir = f"runs/{config.model}_{config.family}_{time.strftime('%m%d-%H%M%S')}"
     _check(config)
@@ -136,7 +136,9 @@ def _resumed_config(folder, given):
         raise OptionError(f"--resume {folder}: there is no checkpoint in it")
     changed = [k for k, v in given.items() if k not in free and v != saved[k]]
     if changed:
-        raise OptionError(f"--resume {folder}: --{changed[0]} differs from the run's; start a new run")
+        raise OptionError(
+            f"--resume {folder}: --{changed[0]} differs from the run's; start a new run"
+        )
     given = {k: v for k, v in given.items() if k in free}
     config = dataclasses.replace(config, **given, output_dir=str(folder))
     done = int(saved_steps[-1].stem.split("_")[1])
@@ -164,7 +166,9 @@ def _check(c):
     if c.seed < 0 or c.min_dim < 0:
         raise OptionError(f"--seed {c.seed} and --min_dim {c.min_dim}: must be at least 0")
     if c.pretrained and not c.prompts:
-        raise OptionError("--pretrained needs --prompts FILE: the built-in ones are the tiny world's")
+        raise OptionError(
+            "--pretrained needs --prompts FILE: the built-in ones are the tiny world's"
+        )
     if c.device == "auto":
         c.device = "cuda" if torch.cuda.is_available() else "cpu"
     try:

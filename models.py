@@ -52,9 +52,9 @@ class Sana:
     @staticmethod
     def instruction():
         """The text that the pipeline puts before every prompt unless told otherwise."""
-        return inspect.signature(SanaPipeline.__call__).parameters[
-            "complex_human_instruction"
-        ].default
+        return (
+            inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
+        )
 
     @torch.no_grad()
     def encode(self, prompts):
@@ -94,7 +94,6 @@ class Sana:
         """Latents (n, c, h, w) -> images float32 (n, 3, H, W) in [0, 1]."""
         z = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
         return (self.vae.decode(z, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
-
 
 
 FAMILIES = {"sana": Sana}
@@ -174,7 +173,7 @@ def follow(transformer, follower, eta):
 
 
 def save_lora(model, adapter, folder):
-    """Write `adapter` to folder/pytorch_lora_weights.safetensors as diffusers' pipelines load it."""
+    """Write folder/pytorch_lora_weights.safetensors, which diffusers' pipelines load."""
     transformer = model.transformer
     model.pipeline.save_lora_weights(
         folder,

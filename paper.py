@@ -24,9 +24,9 @@ from tqdm import tqdm
 import models
 import tiny
 from config import FAMILIES
+from report import plt
 from reward import build_reward
 from rollout import candidate_seeds, draw
-from report import plt
 from train import selection
 
 
@@ -130,7 +130,9 @@ def mean_and_error(values):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("what", choices=("fidelity", "families"))
     parser.add_argument("--prompts", type=int, default=16, help="of fidelity")
     parser.add_argument("--seeds", type=int, default=3, help="runs a family")

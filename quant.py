@@ -1,7 +1,5 @@
 """NVFP4: the number format, quantization, and the linear layer that explores (paper section 3.3).
 
-    python quant.py          # speed of the fake quantization against torchao's, if that is installed
-
 The format. An E2M1 code is 0, .5, 1, 1.5, 2, 3, 4 or 6 with a sign. Each 16 neighbours along the
 reduction dimension share an E4M3 block scale s (1x16 blocks for activations; weights share one
 per 16x16 tile, so that a tile has the same scale in both directions), and the tensor has one
@@ -108,7 +106,9 @@ def _nearest_code(y):
 
 def _as_rows(x):
     if not x.is_floating_point() or x.dim() < 1 or x.numel() == 0:
-        raise ValueError(f"NVFP4 needs a float tensor with elements, not {x.dtype} {tuple(x.shape)}")
+        raise ValueError(
+            f"NVFP4 needs a float tensor with elements, not {x.dtype} {tuple(x.shape)}"
+        )
     return x.reshape(-1, x.shape[-1])
 
 

@@ -1,18 +1,18 @@
 """What a run writes and says: its folder, its pictures, its lines on the console.
 
-    config.json     every option as resolved, what ran each layer, package versions
-    metrics.jsonl   one line a step (the README defines each name)
-    images/         best and worst candidates of one prompt, FP4 above BF16, with their rewards
-    curve.png       reward on held-out prompts and on the kept candidates
-    lora/           the EMA policy's LoRA, which `pipe.load_lora_weights(folder)` takes
-    checkpoints/    what --resume continues from
+config.json     every option as resolved, what ran each layer, package versions
+metrics.jsonl   one line a step (the README defines each name)
+images/         best and worst candidates of one prompt, FP4 above BF16, with their rewards
+curve.png       reward on held-out prompts and on the kept candidates
+lora/           the EMA policy's LoRA, which `pipe.load_lora_weights(folder)` takes
+checkpoints/    what --resume continues from
 """
 
-import collections
 import dataclasses
 import json
 import math
 import os
+import textwrap
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +21,7 @@ import matplotlib
 from tqdm import tqdm
 
 import quant
+from config import FAMILIES
 
 matplotlib.use("agg")
 from matplotlib import pyplot as plt  # noqa: E402  the backend comes first
@@ -40,24 +41,26 @@ class Report:
 
     def _header(self):
         c, layers = self.config, self.run.layers
-        uses = collections.Counter(outcome for *_, outcome in layers)
-        N, K, P = c.pool, c.keep, c.prompts_per_step
+        swapped = sum(not outcome.startswith("kept") for *_, outcome in layers)
+        backend = "explored in BF16"
+        if layers:
+            backend = f"explored in {quant.backend(c.precision)}: {swapped} of {len(layers)} layers"
+        P, K = c.prompts_per_step, c.keep
+        N = c.pool if FAMILIES[c.family].explore else K
         trained = max(1, round(c.timestep_fraction * c.rollout_steps))
-        lines = [
-            "  ".join(f"{k}={v}" for k, v in dataclasses.asdict(c).items() if v != ""),
-            quant.backend(c.precision if layers else "bf16")
-            + (": " + ", ".join(f"{n} layers {what}" for what, n in uses.items()) if layers else ""),
-            f"an iteration: {P} prompts x {N} candidates, {P} x {K} = {P * K} trained at {trained} "
-            f"times each, one optimizer step; guidance off",
+        options = "  ".join(f"{k}={v}" for k, v in dataclasses.asdict(c).items() if v != "")
+        tqdm.write(textwrap.fill(options, 100))
+        tqdm.write(
+            f"{backend}\n"
+            f"an iteration: {P} prompts x {N} candidates; {P} x {K} = {P * K} trained at {trained} "
+            f"times each, one optimizer step; guidance off\n"
             f"{len(self.run.train.prompts)} training and {len(self.run.held_out.prompts)} held-out "
-            f"prompts; writing to {self.folder}",
-        ]
-        for line in lines:
-            tqdm.write(line)
+            f"prompts; writing to {self.folder}"
+        )
         packages = ("torch", "diffusers", "transformers", "peft")
         config = {
             "config": dataclasses.asdict(c),
-            "backend": lines[1],
+            "backend": backend,
             "layers": layers,
             "versions": {package: version(package) for package in packages},
         }
@@ -102,8 +105,11 @@ class Report:
         clean = [
             {k: None if math.isnan(v) else v for k, v in line.items()} for line in self.history
         ]
-        before = [{"step": s, "eval/reward": m, "eval/standard_error": e}
-                  for s, m, e in self.evaluations[:1] if s == 0]
+        before = [
+            {"step": s, "eval/reward": m, "eval/standard_error": e}
+            for s, m, e in self.evaluations[:1]
+            if s == 0
+        ]
         text = "".join(json.dumps(line) + "\n" for line in before + clean)
         _write(self.folder / "metrics.jsonl", text)
 
@@ -156,10 +162,8 @@ class Report:
 
     def finish(self):
         self.curve()
-        (first, before, error_before), (last, after, error_after) = (
-            self.evaluations[0],
-            self.evaluations[-1],
-        )
+        _, before, error_before = self.evaluations[0]
+        last, after, error_after = self.evaluations[-1]
         error = math.hypot(error_before, error_after)
         tqdm.write(
             f"\nheld-out reward: {before:.4f} +- {error_before:.4f} before, {after:.4f} +- "
@@ -172,9 +176,9 @@ class Report:
 
     def stopped(self):
         saved = sorted((self.folder / "checkpoints").glob("step_*.safetensors"))
-        kept = f"continue with --resume {self.folder} from {saved[-1].stem}" if saved else (
-            "there was no checkpoint yet"
-        )
+        kept = "there was no checkpoint yet"
+        if saved:
+            kept = f"continue with --resume {self.folder} from {saved[-1].stem}"
         tqdm.write(f"interrupted after {len(self.history)} steps; {kept}")
 
 

@@ -73,9 +73,7 @@ def rank_fidelity(proxy, truth, k):
     if len(x) != len(y):
         raise ValueError(f"{len(x)} proxy rewards but {len(y)} true ones")
     sign = lambda a: (a > 0) - (a < 0)  # noqa: E731
-    pairs = [
-        (sign(x[i] - x[j]), sign(y[i] - y[j])) for i in range(len(x)) for j in range(i)
-    ]
+    pairs = [(sign(x[i] - x[j]), sign(y[i] - y[j])) for i in range(len(x)) for j in range(i)]
     untied = sum(a != 0 for a, _ in pairs) * sum(b != 0 for _, b in pairs)
     by_proxy, by_truth = _order(x), _order(y)
     rank = {i: place + 1 for place, i in enumerate(by_truth)}
@@ -92,9 +90,7 @@ def rank_fidelity(proxy, truth, k):
 
 def _mean_ranks(values):
     """Ranks from 1; equal values share the mean of theirs."""
-    return [
-        sum(w < v for w in values) + (sum(w == v for w in values) + 1) / 2 for v in values
-    ]
+    return [sum(w < v for w in values) + (sum(w == v for w in values) + 1) / 2 for v in values]
 
 
 def _correlation(x, y):

@@ -7,9 +7,10 @@
 Departures from the paper
  1. One process; 48 prompts an iteration over 8 GPUs are --prompts_per_step on one.
  2. The old policy draws (explore and regenerate); at the paper's eta it lags the policy by little.
- 3. Where NVFP4 is simulated, layers are chosen by the paper's rule in diffusers' layout, which
-    keeps q, k and v apart and writes SANA's feed-forward as 1x1 convolutions; these count as linear.
- 4. The tiny models have settings of their own (TINY below); the method is the same.
+ 3. Quantized layers are chosen by the paper's rule in diffusers' layout, which keeps q, k and v
+    apart and writes SANA's feed-forward as 1x1 convolutions; these count as linear.
+ 4. The tiny models have settings of their own (TINY in config.py); the method is the same.
+ 5. The paper's SD3.5 and FLUX.1, and their DPM solver, are not here yet: SANA and Euler are.
 
 Symbols, the same in every file
     x_0, x_t, noise   a sample, (1 - t) x_0 + t noise, standard normal noise; (n, c, h, w)
@@ -33,7 +34,6 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import models
-import quant
 from config import FAMILIES, OptionError, parse, split_prompts
 from report import Report
 from reward import RewardError, build_reward, read_spec

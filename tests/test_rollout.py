@@ -87,7 +87,7 @@ def test_the_size_of_a_micro_batch_changes_float32_images_by_rounding_only(sana,
 
 
 def test_a_stock_pipeline_draws_the_prompt(sana):
-    """The whole path a user of diffusers takes: prompt in, picture out. Red is where it should be."""
+    """The path a user of diffusers takes: prompt in, picture out, red where it should be."""
     sana.pipe.set_progress_bar_config(disable=True)
     images = sana.pipe(
         "a large plain red square in the middle",
@@ -137,6 +137,8 @@ def test_the_explorer_ranks_like_the_policy(sana, world, circle):
     taken = {}
     for name, transformer, steps in (("proxy", explorer, 6), ("truth", sana.transformer, 10)):
         pieces = draw(sana, transformer, circle, candidate_seeds(0, 0, 0, 48), steps, 48)
-        taken[name] = torch.cat([reward(x, ["a large plain red circle in the middle"] * len(x)) for _, x in pieces])
+        taken[name] = torch.cat(
+            [reward(x, ["a large plain red circle in the middle"] * len(x)) for _, x in pieces]
+        )
     assert selection.rank_fidelity(taken["proxy"], taken["truth"], 6)["spearman_rho"] > 0.7
     assert not math.isnan(float(taken["proxy"].sum()))

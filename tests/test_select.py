@@ -36,7 +36,9 @@ def test_the_other_rules():
     assert mixed[:2] == [1, 4] and len(set(mixed)) == 4
 
 
-@pytest.mark.parametrize("rule", ["best_worst", "random_subset", "mean_deviation", "extremes_random"])
+@pytest.mark.parametrize(
+    "rule", ["best_worst", "random_subset", "mean_deviation", "extremes_random"]
+)
 @pytest.mark.parametrize("pool, k", [([], 1), ([1.0], 2), ([1.0], 0), ([1.0, float("nan")], 1)])
 def test_bad_pools_are_refused(rule, pool, k):
     with pytest.raises(ValueError):
@@ -82,7 +84,9 @@ def test_the_standard_librarys_users_of_select_work_in_the_project_folder(python
 
 @pytest.mark.parametrize("python", PYTHONS)
 def test_pip_runs_in_the_project_folder(python):
-    out = subprocess.run([python, "-m", "pip", "--version"], cwd=PROJECT, capture_output=True, text=True)
+    out = subprocess.run(
+        [python, "-m", "pip", "--version"], cwd=PROJECT, capture_output=True, text=True
+    )
     if "No module named pip" in out.stderr:
         pytest.skip("this interpreter has no pip")
     assert out.returncode == 0, out.stderr
