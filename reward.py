@@ -14,7 +14,7 @@ so that it feels fine detail and not only the class of what is drawn.
 """
 
 import importlib.util
-import math
+import re
 from pathlib import Path
 
 import torch
@@ -99,12 +99,10 @@ def read_spec(spec):
     parts = []
     for item in spec.split(","):
         name, _, weight = item.strip().rpartition(":")
-        try:
+        if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", weight):
             weight = float(weight)
-        except ValueError:
+        else:
             name, weight = item.strip(), 1.0
-        if not math.isfinite(weight):
-            raise RewardError(f"--reward {item.strip()!r}: the weight must be a finite number")
         parts.append((name, weight, None if name in PUBLISHED else _function(name)))
     return parts
 

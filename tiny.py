@@ -133,7 +133,8 @@ def _tokenizer(texts, template):
     tokenizer = Tokenizer(tokenizer_models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
-    special = ["<pad>", "<bos>", "<eos>"]
+    # <eos> must not be token 2: CLIPTextModel takes that for an old mistake and pools elsewhere.
+    special = ["<pad>", "<bos>", "<unk>", "<eos>"]
     trainer = trainers.BpeTrainer(
         vocab_size=1000,
         special_tokens=special,

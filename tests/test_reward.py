@@ -45,10 +45,12 @@ def test_scores_that_cannot_be_used_name_the_prompt(mine, function, message):
         build_reward(f"{mine}:{function}")(IMAGES, ["a", "b"])
 
 
-@pytest.mark.parametrize("spec", ["nothing", "", "clipscore,", "none.py:f", "clipscore:0.5:2:x"])
-def test_unknown_specs_are_refused(spec):
-    with pytest.raises(RewardError):
-        build_reward(spec, tiny="unused") if "clip" not in spec else build_reward(spec + "x")
+@pytest.mark.parametrize(
+    "spec", ["nothing", "", "clipscore,", "none.py:f", "clipscore:1:2", "x:nan"]
+)
+def test_unknown_specs_are_refused_before_any_weights_are_loaded(spec):
+    with pytest.raises(RewardError, match="--reward"):
+        build_reward(spec)
 
 
 def test_a_missing_function_is_refused(mine):
@@ -71,6 +73,16 @@ def test_clipscore_prefers_the_right_prompt_and_the_undamaged_picture(clipscore)
     right = clipscore(good, prompts)
     assert (right > clipscore(good, prompts[1:] + prompts[:1])).float().mean() > 0.9
     assert (right > clipscore(tiny.worsen(good, g), prompts)).float().mean() > 0.9
+
+
+def test_clipscore_reads_every_word_of_a_caption(clipscore):
+    """CLIP's text tower pools at <eos>; pooled anywhere else it would not see what follows."""
+    image = torch.full((1, 3, 32, 32), 0.5)
+    caption = "a small plain red ring at the top".split()
+    whole = clipscore(image, [" ".join(caption)])
+    for i in range(1, len(caption)):
+        changed = caption[:i] + ["cross"] + caption[i + 1 :]
+        assert clipscore(image, [" ".join(changed)]) != whole, changed
 
 
 def test_clipscore_does_not_depend_on_the_batch(clipscore):

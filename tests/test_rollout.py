@@ -121,7 +121,7 @@ def test_velocity_is_noise_minus_data_at_times_from_0_to_1(sana, world):
         loss = ((v - (noise - x_0)) ** 2).mean()
         wrong_scale = sana.velocity(sana.transformer, x_t, t / 1000, text)
     zero = ((noise - x_0) ** 2).mean()
-    assert loss < 0.2 * zero
+    assert loss < 0.3 * zero
     assert ((-v - (noise - x_0)) ** 2).mean() > zero
     assert ((wrong_scale - (noise - x_0)) ** 2).mean() > 2 * loss
 
