@@ -188,7 +188,7 @@ def _check(c):
 def read_prompts(path):
     """A prompts file -> (list of distinct prompts, list of their metadata dicts)."""
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise OptionError(f"--prompts {path}: not UTF-8 (byte {error.start})") from error
     except OSError as error:
@@ -232,6 +232,12 @@ def split_prompts(config):
         parts = tiny.TRAIN_PROMPTS, tiny.HELD_OUT_PROMPTS
         return tuple(Prompts(part, [{} for _ in part]) for part in parts)
     prompts, metadata = read_prompts(config.prompts)
+    most = len(prompts) - len(range(0, len(prompts), 10)) or 1
+    if config.prompts_per_step > most:
+        raise OptionError(
+            f"--prompts_per_step {config.prompts_per_step}: {config.prompts} has {most} training "
+            f"prompts (every tenth is held out); give at most that"
+        )
     held_out = range(0, len(prompts), 10)
     training = [i for i in range(len(prompts)) if i % 10] or held_out
     return tuple(

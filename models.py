@@ -62,7 +62,9 @@ class Sana:
         the longest of them: attention masks padding out, and the pipeline's 300 tokens of it cost
         more than the prompts."""
         prefix, tokenizer = "\n".join(self.instruction()), self.pipe.tokenizer
-        longest = max(len(ids) for ids in tokenizer([prefix + p for p in prompts]).input_ids)
+        longest = max(
+            len(ids) for ids in tokenizer([prefix + p.lower().strip() for p in prompts]).input_ids
+        )
         parts = [
             self.pipe.encode_prompt(
                 prompts[i : i + 32],
@@ -151,7 +153,7 @@ def lora_parameters(transformer, adapter):
 @contextlib.contextmanager
 def policy(transformer, adapter):
     """Inside, `transformer` is that policy: "default", "old", "ema", or "base" without LoRA.
-    Outside it is "default" again, and only "default" ever requires gradients."""
+    Outside it is "default" again, which alone requires gradients there."""
     if adapter == "base":
         transformer.disable_adapters()
     else:

@@ -56,7 +56,7 @@ def fidelity(prompts=16, pool=96, keep=12, explore_steps=6, rollout_steps=10):
     batches = []  # rho between the first two
     for i in tqdm(range(prompts), desc="prompts"):
         truth = scores(model.transformer, i, rollout_steps, pool)
-        ranked = {name: scores(*([t, i, s, m])) for name, (t, s, m) in proxies.items()}
+        ranked = {name: scores(t, i, s, m) for name, (t, s, m) in proxies.items()}
         for name, proxy in ranked.items():
             found[name].append(selection.rank_fidelity(proxy, truth, keep))
         first, second, *_ = ranked.values()

@@ -36,7 +36,8 @@ on 4 leaves a gap of 1/4 below the block's largest element where 6 leaves 1/3.
 What a matmul does. The tensor core multiplies code * s exactly, accumulates in float32 and
 applies alpha = amax_x * amax_w / 2688^2 at the end. A code has 2 significant bits and s has 4, so
 code * s (at most 6 bits, exponents from -10 to 11) is exact in BF16: one BF16 matmul of these
-products followed by alpha is the FP4 matmul up to the order of its sum. That is the simulation.
+products followed by alpha is the FP4 matmul up to the order of its sum
+and one more rounding to BF16, before alpha. That is the simulation.
 """
 
 import torch
@@ -83,7 +84,7 @@ def quantize_nvfp4(x, block=(1, 16), four_over_six=False):
     Raises ValueError on a NaN or an infinity, another block, an empty or a non-float tensor.
     """
     x2d = _as_rows(x)
-    if not torch.isfinite(x2d).all():
+    if not torch.isfinite(x2d.float()).all():
         raise ValueError("quantize_nvfp4: the tensor holds a NaN or an infinity")
     y, scales, amax, scale_max = _scale_blocks(_tile(x2d, block), four_over_six)
     codes = _untile(_nearest_code(y), x2d.shape)
@@ -251,7 +252,7 @@ def _exact_values(x2d, precision, block):
     the matmul's result is multiplied by)."""
     if precision == "fp8":  # E4M3 with one scale a tensor, TE's Float8CurrentScaling
         amax = x2d.abs().amax().float()
-        multiplier = torch.where(amax == 0, 1.0, E4M3_MAX / amax)
+        multiplier = torch.where(amax == 0, 1.0, E4M3_MAX / amax).clamp(max=FLT_MAX)
         values = (x2d.float() * multiplier).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
         return values.to(torch.bfloat16), multiplier.reciprocal()
     if block == (1, 16):

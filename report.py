@@ -102,16 +102,13 @@ class Report:
         )
 
     def _write_history(self):
+        names = ("step", "eval/reward", "eval/standard_error")
+        before = [dict(zip(names, line)) for line in self.evaluations[:1] if line[0] == 0]
         clean = [
-            {k: None if math.isnan(v) else v for k, v in line.items()} for line in self.history
+            {k: None if math.isnan(v) else v for k, v in line.items()}
+            for line in before + self.history
         ]
-        before = [
-            {"step": s, "eval/reward": m, "eval/standard_error": e}
-            for s, m, e in self.evaluations[:1]
-            if s == 0
-        ]
-        text = "".join(json.dumps(line) + "\n" for line in before + clean)
-        _write(self.folder / "metrics.jsonl", text)
+        _write(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in clean))
 
     def rewind(self, step):
         """Take up the lines of the run that is resumed, up to `step`."""
@@ -128,6 +125,8 @@ class Report:
     def picture(self, step, row, explored, trained):
         """images/step_NNNN.png: the same seeds as explored (above) and as trained on (below)."""
         places = [i for i in explored.images if i in trained.images]
+        if not places:  # a rule may keep none of the pool's best and worst
+            return
         two = explored is not trained
         figure, axes = plt.subplots(
             1 + two, len(places), figsize=(1.3 * len(places), 1.9 * (1 + two)), squeeze=False
@@ -142,7 +141,11 @@ class Report:
         names = [self.config.precision, "bf16"] if two else [""]
         for line, name in enumerate(names):
             axes[line][0].set_ylabel(name)
-        figure.suptitle(f"{self.run.train.prompts[row]}: best and worst, step {step}", fontsize=10)
+        figure.suptitle(
+            f"{self.run.train.prompts[row]}: best and worst, step {step}",
+            fontsize=10,
+            parse_math=False,
+        )
         (self.folder / "images").mkdir(exist_ok=True)
         _save(figure, self.folder / "images" / f"step_{step:04d}.png")
 
@@ -165,9 +168,14 @@ class Report:
         _, before, error_before = self.evaluations[0]
         last, after, error_after = self.evaluations[-1]
         error = math.hypot(error_before, error_after)
+        gain = (
+            f"{(after - before) / error:+.1f} standard errors"
+            if error > 0
+            else (f"{after - before:+.4f}, without an error from one held-out prompt")
+        )
         tqdm.write(
             f"\nheld-out reward: {before:.4f} +- {error_before:.4f} before, {after:.4f} +- "
-            f"{error_after:.4f} after {last} steps: {(after - before) / error:+.1f} standard errors"
+            f"{error_after:.4f} after {last} steps: {gain}"
         )
         stages = "  ".join(f"{k} {v:.0f}s" for k, v in self.run.clock.seconds.items())
         tqdm.write(f"time: {time.perf_counter() - self.started:.0f}s in all;  {stages}")

@@ -32,10 +32,10 @@ def clip_pixels(images, side):
     `side` (bicubic, antialiased), centre crop, normalisation."""
     h, w = images.shape[-2:]
     if min(h, w) != side:
-        size = (round(h * side / min(h, w)), round(w * side / min(h, w)))
-        images = F.interpolate(images, size=size, mode="bicubic", antialias=True).clamp(0, 1)
-        top, left = (size[0] - side) // 2, (size[1] - side) // 2
-        images = images[..., top : top + side, left : left + side]
+        h, w = round(h * side / min(h, w)), round(w * side / min(h, w))
+        images = F.interpolate(images, size=(h, w), mode="bicubic", antialias=True).clamp(0, 1)
+    top, left = (h - side) // 2, (w - side) // 2
+    images = images[..., top : top + side, left : left + side]
     mean, std = (torch.tensor(c, device=images.device) for c in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
     return (images - mean[:, None, None]) / std[:, None, None]
 
@@ -118,7 +118,7 @@ def _function(name):
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise RewardError(
             f"--reward {name!r}: {path} fails to import: {type(error).__name__}: {error}"
         ) from error

@@ -75,14 +75,14 @@ def rank_fidelity(proxy, truth, k):
     sign = lambda a: (a > 0) - (a < 0)  # noqa: E731
     pairs = [(sign(x[i] - x[j]), sign(y[i] - y[j])) for i in range(len(x)) for j in range(i)]
     untied = sum(a != 0 for a, _ in pairs) * sum(b != 0 for _, b in pairs)
-    by_proxy, by_truth = _order(x), _order(y)
+    by_truth, worst_first = _order(y), _order([-v for v in y])
     rank = {i: place + 1 for place, i in enumerate(by_truth)}
-    best, worst = by_proxy[:k], by_proxy[-k:]
+    best, worst = _order(x)[:k], _order([-v for v in x])[:k]
     return {
         "kendall_tau": sum(a * b for a, b in pairs) / untied**0.5 if untied else float("nan"),
         "spearman_rho": _correlation(_mean_ranks(x), _mean_ranks(y)),
         "top_match": len(set(best) & set(by_truth[:k])) / k,
-        "bottom_match": len(set(worst) & set(by_truth[-k:])) / k,
+        "bottom_match": len(set(worst) & set(worst_first[:k])) / k,
         "top_rank": sum(rank[i] for i in best) / k,
         "bottom_rank": sum(rank[i] for i in worst) / k,
     }

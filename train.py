@@ -30,6 +30,7 @@ import time
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -117,6 +118,8 @@ def iteration(run, step):
             with models.policy(transformer, "old") as old:
                 samples = rollout(run, "regenerate", old, row, [seeds[i] for i in kept])
         trained.append(samples)
+        if len(trained) > 1:  # the picture shows the first prompt's
+            samples.images.clear()
 
     # Advantages: from the rewards of what is trained on, never from the explorer's.
     rewards = torch.stack([samples.rewards for samples in trained])  # (P, K)
@@ -163,7 +166,7 @@ def rollout(run, stage, transformer, row, seeds):
         rewards += run.score(piece[1], run.train, [row] * len(piece[1])).tolist()
         if not proxy:
             latents.append(piece[0].cpu())
-        if stage == "explore":
+        if stage == "explore":  # of the pool's images only those in the picture stay
             order = sorted(shown, key=lambda i: -rewards[i])
             shown = {i: shown[i] for i in order[:4] + order[-4:]}
     return Candidates(torch.tensor(rewards), None if proxy else torch.cat(latents), shown)
@@ -268,9 +271,9 @@ class Run:
         self.clock = Clock()
         for part in (self.train, self.held_out):
             part.text = self.model.encode(part.prompts)
-            # One picture of noise: a reward that fails should do so before anything is written.
-            noise = initial_noise([0], self.model.latent_shape).to(c.device)
-            self.score(self.model.decode(noise), part, [0])
+            # Two pictures of noise: a reward that fails should do so before anything is written.
+            noise = initial_noise([0, 1], self.model.latent_shape).to(c.device)
+            self.score(self.model.decode(noise), part, [0, len(part.prompts) - 1])
         self.model.pipe.text_encoder = None  # its work is done
         self.explorer, self.layers = None, []
         if FAMILIES[c.family].quantized:
@@ -290,14 +293,13 @@ class Run:
 
     def prompts_of(self, step):
         """Rows of the P training prompts of a step: one pass after another over all of them, each
-        in an order of its own."""
-        n, rows = len(self.train.prompts), []
+        in an order of its own; what is left of a pass and does not fill a step is left out."""
         P = self.config.prompts_per_step
-        for place in range(step * P, (step + 1) * P):
-            seed = candidate_seeds(self.config.seed, place // n, ORDER, 1)[0]
-            order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-            rows.append(int(order[place % n]))
-        return rows
+        in_pass = len(self.train.prompts) // P
+        seed = candidate_seeds(self.config.seed, step // in_pass, ORDER, 1)[0]
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(self.train.prompts), generator=generator)
+        return order[step % in_pass * P :][:P].tolist()
 
     def score(self, images, prompts, rows):
         with self.clock("reward"):
@@ -336,13 +338,14 @@ def train(config):
             if done % c.eval_every == 0 or done == c.steps:
                 report.evaluated(done, *evaluate(run))
                 report.picture(done, *picture)
-                save_checkpoint(run, done)
             report.step(done, metrics)
+            if done % c.eval_every == 0 or done == c.steps:
+                save_checkpoint(run, done)
+        models.save_lora(run.model, "ema", report.folder / "lora")
+        report.finish()
     except KeyboardInterrupt:
         report.stopped()
         return 130
-    models.save_lora(run.model, "ema", report.folder / "lora")
-    report.finish()
     return 0
 
 
@@ -385,8 +388,8 @@ def main(argv=None):
     """Run the command line; returns the exit code: 0, 2 on bad input, 130 on Ctrl-C."""
     try:
         return train(parse(argv, __doc__))
-    except (OptionError, RewardError, OSError) as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
+    except (OptionError, RewardError, OSError, SafetensorError) as error:
+        print(f"train.py: error: {(str(error).splitlines() or [repr(error)])[0]}", file=sys.stderr)
         return 2
     except FloatingPointError as error:
         print(f"train.py: {error}", file=sys.stderr)

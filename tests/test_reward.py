@@ -91,3 +91,10 @@ def test_clipscore_does_not_depend_on_the_batch(clipscore):
     together = clipscore(images, prompts)
     alone = torch.cat([clipscore(images[i : i + 1], prompts[i : i + 1]) for i in range(5)])
     assert torch.allclose(together, alone, atol=1e-5)
+
+
+def test_clip_pixels_crop_the_middle_whatever_the_shape():
+    from reward import clip_pixels
+
+    for shape in ((32, 40), (64, 48), (16, 16)):
+        assert clip_pixels(torch.rand(1, 3, *shape), 32).shape == (1, 3, 32, 32)

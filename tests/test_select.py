@@ -62,6 +62,11 @@ def test_rank_fidelity_with_ties_is_tau_b():
     assert math.isnan(selection.rank_fidelity([1, 1], [1, 2], 1)["kendall_tau"])
 
 
+def test_ties_of_the_worst_go_to_the_lower_index_too():
+    got = selection.rank_fidelity([0, 0, 0, 1], [0, 1, 2, 3], 1)
+    assert (got["bottom_match"], got["bottom_rank"]) == (1, 4)
+
+
 def test_perfect_and_no_information_ranks_of_the_paper():
     order = list(range(96))
     same = selection.rank_fidelity(order, order, 12)

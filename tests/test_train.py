@@ -36,6 +36,13 @@ def test_nft_loss_by_hand():
         one(1.0), one(0.0), one(0.0), one(1.0), one(0.0), torch.tensor([0.5]), -a, kl=0.0
     )
     assert loss.item() == pytest.approx(7.5)
+    # beta = .5 and v_old = -1: v+ = .5 * 1 - .5 = 0, x_0_hat+ = 1, l+ = 1; loss = 5 / .5 * 1.
+    # v- = 1.5 * -1 - .5 * 1 = -2, x_0_hat- = 2, w = 2, l- = 2; loss = 10 * 2.
+    for sign, expected in ((a, 10.0), (-a, 20.0)):
+        loss, _ = train.nft_loss(
+            one(1.0), one(-1.0), one(0.0), one(1.0), one(0.0), torch.tensor([0.5]), sign, 0.5, kl=0
+        )
+        assert loss.item() == pytest.approx(expected)
 
 
 def test_at_the_old_policy_the_loss_does_not_show_the_reward_but_its_gradient_does():
@@ -141,7 +148,7 @@ def test_policies_switch_and_switch_back(world):
     text = sana.encode(["a small plain red ring at the top"])
     x, t = torch.randn(1, *sana.latent_shape), torch.tensor([0.5])
 
-    def velocity(which, adapter=None):
+    def velocity(which):
         with torch.no_grad():
             return sana.velocity(which, x, t, text)
 
@@ -188,7 +195,8 @@ def test_policies_switch_and_switch_back(world):
         ("--output_dir /dev/null/x", "--output_dir"),
         ("--resume nowhere", "nowhere"),
         ("--pretrained", "--prompts"),
-        ("--pretrained nowhere --prompts GOOD", "nowhere"),
+        ("--pretrained nowhere --prompts GOOD --prompts_per_step 1", "nowhere"),
+        ("--prompts GOOD", "--prompts_per_step 6"),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(
@@ -201,7 +209,8 @@ def test_bad_input_is_one_line_and_nothing_is_written(
         "BROKEN.jsonl": b'{"prompt": "a"}\n{"prompt": \n',
         "LIST.jsonl": b"[1]\n",
         "GOOD": b"a cat\n",
-        "REWARD.py": b"def raises(i, p, m): raise ValueError('no')\ndef short(i, p, m): return []\n"
+        "REWARD.py": b"def raises(i, p, m): raise ValueError('no')\n"
+        b"def short(i, p, m): return [1.0]\n"
         b"def nan(i, p, m): return [float('nan')] * len(p)\n",
     }
     for name, content in files.items():
