@@ -22,7 +22,7 @@ RULES = ("best_worst", "random_subset", "mean_deviation", "extremes_random")
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """Where the pool and the training samples of a rollout family come from (paper section 4.2)."""
+    """Where the pool and the training samples of a rollout family come from."""
 
     explore: bool  # draw a pool of N, else only the K that are trained on
     quantized: bool  # draw it with the quantized explorer

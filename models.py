@@ -1,4 +1,4 @@
-"""Text-to-image flow models: loading, prompts, velocity, decoding, LoRA (paper section 4.1).
+"""Text-to-image flow models: loading, prompts, velocity, decoding, LoRA.
 
 A family is one class: what it is called, which layers LoRA adapts and which stay in BF16, and how
 its transformer is called. Everything else is shared. Convention everywhere:

@@ -1,7 +1,7 @@
 """The paper's claims, measured on the tiny models.
 
     python paper.py fidelity           # does NVFP4 rank as BF16 does? (Table 8; half a minute)
-    python paper.py families           # the four rollout families, 3 seeds each (Table 1, Figure 5)
+    python paper.py families           # the four rollout families, 3 seeds each
 
 Each prints the paper's figure beside its own. `families` runs train.py twelve times, writes its
 runs under runs/families/ (a run that is complete there is not run again) and the picture

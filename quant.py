@@ -1,4 +1,4 @@
-"""NVFP4: the number format, quantization, and the linear layer that explores (paper section 3.3).
+"""NVFP4: the number format, quantization, and the linear layer that explores.
 
 The format. An E2M1 code is 0, .5, 1, 1.5, 2, 3, 4 or 6 with a sign. Each 16 neighbours along the
 reduction dimension share an E4M3 block scale s (1x16 blocks for activations; weights share one

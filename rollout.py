@@ -1,4 +1,4 @@
-"""Rollouts: noise from seeds, the ODE sampler, pools of candidates (paper section 3.1).
+"""Rollouts: noise from seeds, the ODE sampler, pools of candidates.
 
 Sampling is a deterministic ODE without guidance, so a seed is a handle on an image: the NVFP4
 explorer and the BF16 policy start from the same noise and land close to each other.

@@ -1,4 +1,4 @@
-"""Which candidates of a pool are kept (paper section 3.2), and how well a proxy ranks (Table 8).
+"""Which candidates of a pool are kept, and how well a proxy ranks (Table 8).
 
 Plain Python on plain numbers: pools are small, and the file's name is also that of a module of
 the standard library, which subprocess, selectors and asyncio import. Where that one is not built

@@ -1,4 +1,4 @@
-"""Sol-RL: explore in FP4, train in BF16 (arXiv 2604.06916, Algorithm 1).
+"""Sol-RL: explore in FP4, train in BF16 (arXiv 2604.06916).
 
     python train.py --model sana                        # tiny SANA, a few minutes on a laptop
     python train.py --model sana --family diffusionnft  # the baseline without a pool
@@ -93,7 +93,7 @@ def nft_loss(v, v_old, v_ref, x_t, x_0, t, advantages, beta=1.0, adv_clip=5.0, k
 
 
 def iteration(run, step):
-    """Algorithm 1, once. Returns the step's metrics and its picture's (row, candidates)."""
+    """One iteration of the algorithm. Returns the step's metrics and its picture's (row, candidates)."""
     c, transformer = run.config, run.model.transformer
     family, keep = FAMILIES[c.family], getattr(selection, c.select)
     rows, explored, trained = run.prompts_of(step), [], []
