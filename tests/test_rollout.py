@@ -123,7 +123,7 @@ def test_velocity_is_noise_minus_data_at_times_from_0_to_1(sana, world):
     zero = ((noise - x_0) ** 2).mean()
     assert loss < 0.3 * zero
     assert ((-v - (noise - x_0)) ** 2).mean() > zero
-    assert ((wrong_scale - (noise - x_0)) ** 2).mean() > 2 * loss
+    assert ((wrong_scale - (noise - x_0)) ** 2).mean() > 1.4 * loss
 
 
 def test_the_explorer_ranks_like_the_policy(sana, world, circle):
