@@ -225,22 +225,21 @@ class Prompts:
 
 def split_prompts(config):
     """(training, held-out) Prompts: the tiny world's own; of a file every tenth is held out, and
-    a file of one prompt serves as both."""
-    if not config.prompts:
+    a file of one prompt serves as both. Raises OptionError, also where a step needs more training
+    prompts than there are."""
+    if config.prompts:
+        prompts, metadata = read_prompts(config.prompts)
+        held_out = range(0, len(prompts), 10)
+        rows = [i for i in range(len(prompts)) if i % 10] or held_out, held_out
+        parts = [Prompts([prompts[i] for i in p], [metadata[i] for i in p]) for p in rows]
+    else:
         import tiny
 
-        parts = tiny.TRAIN_PROMPTS, tiny.HELD_OUT_PROMPTS
-        return tuple(Prompts(part, [{} for _ in part]) for part in parts)
-    prompts, metadata = read_prompts(config.prompts)
-    most = len(prompts) - len(range(0, len(prompts), 10)) or 1
+        parts = [Prompts(p, [{} for _ in p]) for p in (tiny.TRAIN_PROMPTS, tiny.HELD_OUT_PROMPTS)]
+    most = len(parts[0].prompts)
     if config.prompts_per_step > most:
         raise OptionError(
-            f"--prompts_per_step {config.prompts_per_step}: {config.prompts} has {most} training "
-            f"prompts (every tenth is held out); give at most that"
+            f"--prompts_per_step {config.prompts_per_step}: there are {most} training prompts (of "
+            f"a file every tenth is held out); give at most that"
         )
-    held_out = range(0, len(prompts), 10)
-    training = [i for i in range(len(prompts)) if i % 10] or held_out
-    return tuple(
-        Prompts([prompts[i] for i in part], [metadata[i] for i in part])
-        for part in (training, held_out)
-    )
+    return parts

@@ -67,8 +67,8 @@ def fidelity(prompts=16, pool=96, keep=12, explore_steps=6, rollout_steps=10):
     for name, rows in found.items():
         cells = [mean_and_error([row[column] for row in rows]) for column in columns]
         print(f"| {name} | " + " | ".join(f"{m:.3f} ± {e:.3f}" for m, e in cells) + " |")
-    print("| paper, SANA 1.6B, CLIPScore | 0.752 | 0.900 | 0.922 | | | |")
-    print("| paper, SANA 1.6B, HPSv2 | 0.827 | 0.943 | 0.939 | | 8.7 | 87.4 |")
+    print("| paper, CLIPScore | 0.752 | 0.900 | 0.922 | | | |")
+    print("| paper, HPSv2 (ranks: SANA) | 0.827 | 0.943 | 0.939 | | 8.7 | 87.4 |")
     m, e = mean_and_error(batches)
     print(f"\nNVFP4 in micro-batches of {pool} against 16, rho: {m:.3f} ± {e:.3f}")
 

@@ -93,7 +93,7 @@ def nft_loss(v, v_old, v_ref, x_t, x_0, t, advantages, beta=1.0, adv_clip=5.0, k
 
 
 def iteration(run, step):
-    """One iteration of the algorithm. Returns the step's metrics and its picture's (row, candidates)."""
+    """One iteration of the algorithm: (the step's metrics, what its picture shows)."""
     c, transformer = run.config, run.model.transformer
     family, keep = FAMILIES[c.family], getattr(selection, c.select)
     rows, explored, trained = run.prompts_of(step), [], []

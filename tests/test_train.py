@@ -197,6 +197,7 @@ def test_policies_switch_and_switch_back(world):
         ("--pretrained", "--prompts"),
         ("--pretrained nowhere --prompts GOOD --prompts_per_step 1", "nowhere"),
         ("--prompts GOOD", "--prompts_per_step 6"),
+        ("--prompts_per_step 649", "648 training prompts"),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(
