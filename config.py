@@ -9,6 +9,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import shlex
 import time
 from pathlib import Path
 
@@ -43,26 +44,31 @@ def option(default, about, choices=None):
 
 @dataclasses.dataclass
 class Config:
-    """Every option. Defaults are the paper's; TINY replaces some unless --pretrained is given."""
+    """Every option. Defaults are the paper's; where a model family has its own they are in its
+    class (models.py), and TINY replaces some unless --pretrained is given."""
 
-    model: str = option("sana", "model family", tuple(models.FAMILIES))
+    model: str = option("sana", "model family", tuple(models.MODELS))
     family: str = option("sol_rl", "rollout family", tuple(FAMILIES))
     pretrained: str = option("", "a diffusers folder or hub id; alone: the published checkpoint")
     reward: str = option("clipscore", "NAME, NAME:WEIGHT,NAME:WEIGHT or path/to/file.py:function")
     prompts: str = option("", "file with a prompt a line, or .jsonl with 'prompt' and metadata")
+    eval_prompts: str = option("", "the like to evaluate on; default: every tenth of --prompts")
+    resolution: int = option(None, "side of the images in pixels")
+    solver: str = option(None, "of the sampling ODE", models.SOLVERS)
     steps: int = option(300, "iterations, one optimizer step each")
     prompts_per_step: int = option(48, "P, prompts an iteration")
     pool: int = option(96, "N, candidates explored for a prompt")
     keep: int = option(24, "K, candidates trained on for a prompt, half best, half worst")
     select: str = option("best_worst", "which candidates are kept", RULES)
     precision: str = option("nvfp4", "precision of exploring", quant.PRECISIONS)
-    min_dim: int = option(2240, "layers with max(in, out) up to this stay in BF16")
+    min_dim: int = option(None, "layers with max(in, out) up to this stay in BF16")
     explore_steps: int = option(6, "sampling steps of exploring")
     rollout_steps: int = option(10, "sampling steps of what is trained on")
     eval_steps: int = option(40, "sampling steps of evaluation")
     eval_every: int = option(10, "iterations between evaluations and pictures")
     eval_images: int = option(2, "images for each held-out prompt")
     micro_batch: int = option(24, "images drawn or trained on at once")
+    gradient_checkpointing: bool = option(True, "less memory and more time in the update")
     learning_rate: float = option(3e-4, "AdamW's")
     max_grad_norm: float = option(1.0, "gradient clip")
     lora_rank: int = option(32, "LoRA rank; alpha is twice it")
@@ -81,10 +87,12 @@ class Config:
 TINY = dict(
     steps=20,
     prompts_per_step=6,
+    resolution=32,
     min_dim=0,
     eval_every=5,
     eval_images=4,
     micro_batch=48,
+    gradient_checkpointing=False,
     learning_rate=1e-3,
     lora_rank=16,
 )
@@ -105,23 +113,46 @@ def parse(argv, description=None):
     parser = Parser(description=description, formatter_class=about, allow_abbrev=False)
     for field in dataclasses.fields(Config):
         name, meta = field.name, field.metadata
-        shown = TINY.get(name, field.default)
-        paper = f", paper {field.default}" if name in TINY else ""
         kind = dict(type=field.type, choices=meta["choices"], default=argparse.SUPPRESS)
         if name == "pretrained":
             kind |= dict(nargs="?", const="published", metavar="ID_OR_PATH")
+        elif field.type is bool:
+            kind = dict(action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS)
         elif not meta["choices"]:
             kind |= dict(metavar=name.upper())
-        parser.add_argument(f"--{name}", help=f"{meta['about']} (default {shown}{paper})", **kind)
+        paper = {m: family.paper.get(name, field.default) for m, family in models.MODELS.items()}
+        same = len(set(paper.values())) == 1
+        shown = field.default if same else ", ".join(f"{m} {v}" for m, v in paper.items())
+        if name in TINY:
+            shown = f"{TINY[name]}; pretrained: {shown}"
+        parser.add_argument(f"--{name}", help=f"{meta['about']} (default {shown})", **kind)
     given = vars(parser.parse_args(argv))
     if given.get("resume"):
         config = _resumed_config(Path(given["resume"]), given)
     else:
-        config = Config(**(given if given.get("pretrained") else TINY | given))
+        config = Config(**(defaults(given.get("model", "sana"), given.get("pretrained")) | given))
     if not config.output_dir:
         config.output_dir = f"runs/{config.model}_{config.family}_{time.strftime('%m%d-%H%M%S')}"
     _check(config)
     return config
+
+
+def defaults(model, pretrained):
+    """What the options of a model family are where Config's defaults do not say it."""
+    return models.MODELS[model].paper | ({} if pretrained else TINY)
+
+
+def command(config):
+    """The command line that gives this config: every option that is not as by default."""
+    usual = dataclasses.asdict(Config(**defaults(config.model, config.pretrained)))
+    options = {k: v for k, v in dataclasses.asdict(config).items() if v != usual[k]}
+    words = [f"--model {config.model}"]
+    for name, value in options.items():
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        elif name not in ("model", "resume", "device"):
+            words.append(f"--{name} {shlex.quote(str(value))}")
+    return " ".join(["python train.py", *words])
 
 
 def _resumed_config(folder, given):
@@ -149,7 +180,7 @@ def _resumed_config(folder, given):
 
 def _check(c):
     counts = "steps prompts_per_step pool keep explore_steps rollout_steps eval_steps eval_every"
-    for name in f"{counts} eval_images micro_batch lora_rank".split():
+    for name in f"resolution {counts} eval_images micro_batch lora_rank".split():
         if getattr(c, name) < 1:
             raise OptionError(f"--{name} {getattr(c, name)}: must be at least 1")
     if c.keep < 2 or c.keep % 2:
@@ -186,14 +217,15 @@ def _check(c):
 
 
 def read_prompts(path):
-    """A prompts file -> (list of distinct prompts, list of their metadata dicts)."""
+    """A prompts file -> (prompts, their metadata dicts, what there is to say about them). A line
+    that repeats prompt and metadata of another is left out; a prompt may come with others."""
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise OptionError(f"--prompts {path}: not UTF-8 (byte {error.start})") from error
     except OSError as error:
         raise OptionError(f"--prompts {path}: {error.strerror}") from error
-    found = {}
+    found, repeated = {}, 0
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -202,16 +234,19 @@ def read_prompts(path):
             try:
                 metadata = json.loads(line)
                 prompt = metadata.pop("prompt")
-            except (ValueError, KeyError, AttributeError, TypeError) as error:
+            except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
                 raise OptionError(
                     f"--prompts {path}, line {number}: not a JSON object with 'prompt'"
                 ) from error
             if not isinstance(prompt, str) or not prompt.strip():
                 raise OptionError(f"--prompts {path}, line {number}: 'prompt' is not a text")
-        found.setdefault(prompt, metadata)
+        key = prompt, json.dumps(metadata, sort_keys=True)
+        repeated += key in found
+        found[key] = metadata
     if not found:
         raise OptionError(f"--prompts {path}: no prompt in it")
-    return list(found), list(found.values())
+    note = [f"{path}: {repeated} repeated lines are used once"] if repeated else []
+    return [prompt for prompt, _ in found], list(found.values()), note
 
 
 @dataclasses.dataclass
@@ -224,22 +259,41 @@ class Prompts:
 
 
 def split_prompts(config):
-    """(training, held-out) Prompts: the tiny world's own; of a file every tenth is held out, and
-    a file of one prompt serves as both. Raises OptionError, also where a step needs more training
-    prompts than there are."""
+    """(training Prompts, held-out Prompts, what there is to say about them).
+
+    The tiny world's own, or a file's: of that every tenth prompt is held out unless --eval_prompts
+    is given, and a file of one prompt serves as both. Raises OptionError, also where a step needs
+    more training prompts than there are.
+    """
     if config.prompts:
-        prompts, metadata = read_prompts(config.prompts)
-        held_out = range(0, len(prompts), 10)
-        rows = [i for i in range(len(prompts)) if i % 10] or held_out, held_out
-        parts = [Prompts([prompts[i] for i in p], [metadata[i] for i in p]) for p in rows]
+        prompts, metadata, notes = read_prompts(config.prompts)
+        train = Prompts(prompts, metadata)
+        distinct = list(dict.fromkeys(prompts))
+        if not config.eval_prompts and len(distinct) > 1:
+            out = set(distinct[::10])
+            rows = [(p, m) for p, m in zip(prompts, metadata) if p in out]
+            held_out = Prompts(*map(list, zip(*rows)))
+            rows = [(p, m) for p, m in zip(prompts, metadata) if p not in out]
+            train = Prompts(*map(list, zip(*rows)))
+        else:
+            held_out = train
     else:
         import tiny
 
-        parts = [Prompts(p, [{} for _ in p]) for p in (tiny.TRAIN_PROMPTS, tiny.HELD_OUT_PROMPTS)]
-    most = len(parts[0].prompts)
+        notes = []
+        train, held_out = (
+            Prompts(p, [{} for _ in p]) for p in (tiny.TRAIN_PROMPTS, tiny.HELD_OUT_PROMPTS)
+        )
+    if config.eval_prompts:
+        prompts, metadata, more = read_prompts(config.eval_prompts)
+        held_out, notes = Prompts(prompts, metadata), notes + more
+    both = len(set(train.prompts) & set(held_out.prompts))
+    if both:
+        notes.append(f"{both} of the {len(held_out.prompts)} held-out prompts are trained on too")
+    most = len(train.prompts)
     if config.prompts_per_step > most:
         raise OptionError(
-            f"--prompts_per_step {config.prompts_per_step}: there are {most} training prompts (of "
-            f"a file every tenth is held out); give at most that"
+            f"--prompts_per_step {config.prompts_per_step}: there are {most} training prompts; "
+            f"give at most that"
         )
-    return parts
+    return train, held_out, notes

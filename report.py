@@ -4,7 +4,7 @@ config.json     every option as resolved, what ran each layer, package versions
 metrics.jsonl   one line a step (the README defines each name)
 images/         best and worst candidates of one prompt, FP4 above BF16, with their rewards
 curve.png       reward on held-out prompts and on the kept candidates
-lora/           the EMA policy's LoRA, which `pipe.load_lora_weights(folder)` takes
+lora/           the EMA policy's LoRA, which `pipe.load_lora_weights(folder)` takes, with a card
 checkpoints/    what --resume continues from
 """
 
@@ -18,10 +18,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 import matplotlib
+from huggingface_hub import ModelCardData
 from tqdm import tqdm
 
 import quant
-from config import FAMILIES
+from config import FAMILIES, command
 
 matplotlib.use("agg")
 from matplotlib import pyplot as plt  # noqa: E402  the backend comes first
@@ -57,6 +58,8 @@ class Report:
             f"{len(self.run.train.prompts)} training and {len(self.run.held_out.prompts)} held-out "
             f"prompts; writing to {self.folder}"
         )
+        for note in self.run.notes:
+            tqdm.write(note)
         packages = ("torch", "diffusers", "transformers", "peft")
         config = {
             "config": dataclasses.asdict(c),
@@ -177,10 +180,37 @@ class Report:
             f"\nheld-out reward: {before:.4f} +- {error_before:.4f} before, {after:.4f} +- "
             f"{error_after:.4f} after {last} steps: {gain}"
         )
+        self._card(before, after, error_before, error_after)
         stages = "  ".join(f"{k} {v:.0f}s" for k, v in self.run.clock.seconds.items())
         tqdm.write(f"time: {time.perf_counter() - self.started:.0f}s in all;  {stages}")
         for name in ("curve.png", "images", "metrics.jsonl", "lora", "checkpoints", "config.json"):
             tqdm.write(f"wrote {self.folder / name}")
+
+    def _card(self, before, after, error_before, error_after):
+        """lora/README.md, a model card."""
+        c, kind = self.config, self.run.model.pipeline.__name__
+        base = c.pretrained if c.pretrained != "published" else self.run.model.published
+        data = ModelCardData(
+            library_name="diffusers",
+            pipeline_tag="text-to-image",
+            tags=["lora", "sol-rl", "diffusion-nft"],
+            base_model=base if base and not Path(base).exists() else None,
+        )
+        config = json.dumps(dataclasses.asdict(c), indent=1)
+        _write(
+            self.folder / "lora" / "README.md",
+            f"---\n{data.to_yaml()}\n---\n"
+            f"# A LoRA for {base or f'the tiny {c.model} of this project'}\n\n"
+            f"Trained by Sol-RL (arXiv 2604.06916) for {len(self.history)} steps on the reward "
+            f"`{c.reward}`; these are the EMA policy's weights. Guidance was off and the solver "
+            f"{c.solver} at {c.rollout_steps} steps.\n\n"
+            f"Held-out reward: {before:.4f} ± {error_before:.4f} before, {after:.4f} ± "
+            f"{error_after:.4f} after.\n\n```\n{command(c)}\n```\n\n```python\n"
+            f"from diffusers import {kind}\n\n"
+            f"pipe = {kind}.from_pretrained({(base or 'path/to/the/tiny/model')!r})\n"
+            f'pipe.load_lora_weights("path/to/this/folder")\n```\n\n'
+            f"Every option:\n\n```json\n{config}\n```\n",
+        )
 
     def stopped(self):
         saved = sorted((self.folder / "checkpoints").glob("step_*.safetensors"))

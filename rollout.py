@@ -29,27 +29,26 @@ def initial_noise(seeds, shape):
 
 @torch.no_grad()
 def sample(model, transformer, text, noise, steps, callback=None):
-    """x_0 (n, c, h, w) float32 from noise like it, on the model's device (Euler: x += dt v).
+    """x_0 (n, c, h, w) float32 from noise like it, by the model's solver.
 
-    text: models.Text of n rows. callback(i, t, x_t), if given, sees every state before its step.
-    The same noise gives what the family's own diffusers pipeline gives.
+    text: models.Text of n rows, on the transformer's device. callback(i, t, x_t), if given, sees
+    every state before its step. The same noise gives what the family's own diffusers pipeline
+    gives.
     """
-    scheduler = model.scheduler()
-    scheduler.set_timesteps(steps)
+    scheduler = model.scheduler(steps)
     x = noise.to(text.embeds.device)
-    for i, (timestep, t) in enumerate(zip(scheduler.timesteps, scheduler.sigmas)):
+    for i, timestep in enumerate(scheduler.timesteps):
+        t = timestep.double() / 1000  # so that 1000 t is the very timestep, and an integer if it is
         if callback:
             callback(i, t, x)
-        v = model.velocity(transformer, x, t.to(x.device).expand(len(x)), text)
+        v = model.velocity(transformer, x, t.expand(len(x)), text)
         x = scheduler.step(v, timestep, x, return_dict=False)[0]
     return x
 
 
 def sampling_times(model, steps):
     """The times t (steps,) in (0, 1], float32, at which `sample` asks for a velocity."""
-    scheduler = model.scheduler()
-    scheduler.set_timesteps(steps)
-    return scheduler.sigmas[:-1]
+    return model.scheduler(steps).timesteps.float() / 1000
 
 
 def draw(model, transformer, text, seeds, steps, micro_batch):

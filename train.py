@@ -1,6 +1,7 @@
 """Sol-RL: explore in FP4, train in BF16 (arXiv 2604.06916).
 
     python train.py --model sana                        # tiny SANA, a few minutes on a laptop
+    python train.py --model flux                        # tiny FLUX.1; --model sd3: tiny SD3.5
     python train.py --model sana --family diffusionnft  # the baseline without a pool
     python train.py --help                              # every option and its default
 
@@ -10,7 +11,6 @@ Departures from the paper
  3. Quantized layers are chosen by the paper's rule in diffusers' layout, which keeps q, k and v
     apart and writes SANA's feed-forward as 1x1 convolutions; these count as linear.
  4. The tiny models have settings of their own (TINY in config.py); the method is the same.
- 5. The paper's SD3.5 and FLUX.1, and their DPM solver, are not here yet: SANA and Euler are.
 
 Symbols, the same in every file
     x_0, x_t, noise   a sample, (1 - t) x_0 + t noise, standard normal noise; (n, c, h, w)
@@ -24,6 +24,7 @@ Symbols, the same in every file
 import contextlib
 import dataclasses
 import importlib.util
+import math
 import os
 import sys
 import time
@@ -152,7 +153,7 @@ class Candidates:
 def rollout(run, stage, transformer, row, seeds):
     """Draw the candidates `seeds` of training prompt `row` and score them; stage "explore" or
     "regenerate" says with how many steps, and where the time is booked."""
-    c, text = run.config, run.train.text.take(row)
+    c, text = run.config, run.train.text.take(row).to(run.config.device)
     proxy = stage == "explore" and FAMILIES[c.family].regenerate
     steps = c.explore_steps if proxy else c.rollout_steps
     pieces = draw(run.model, transformer, text, seeds, steps, c.micro_batch)
@@ -184,7 +185,8 @@ def update(run, x_0, rows, advantages, step):
     which = torch.rand(len(x_0), len(times), generator=shuffle).argsort(dim=1)[:, :trained]
     totals = {}
     for part in torch.arange(len(x_0)).split(c.micro_batch):
-        text, share = run.train.text.take(rows[part]), len(part) / (len(x_0) * trained)
+        text = run.train.text.take(rows[part]).to(c.device)
+        share = len(part) / (len(x_0) * trained)
         target, weight = x_0[part].to(c.device), advantages[part].to(c.device)
         for j in range(trained):
             t = times[which[part, j]].to(c.device)
@@ -253,28 +255,33 @@ class Run:
     def __init__(self, config):
         c = self.config = config
         read_spec(c.reward)  # what is wrong with it should not wait for the models
-        self.train, self.held_out = split_prompts(c)
+        self.train, self.held_out, self.notes = split_prompts(c)
         if c.pretrained:
             world, folder = False, c.pretrained
             if folder == "published":
-                folder = models.FAMILIES[c.model].published
+                folder = models.MODELS[c.model].published
         else:
             import tiny  # with its training code, which a pretrained model does without
 
-            world = tiny.ensure()
+            world = tiny.ensure(c.model)
             folder = world / c.model
-        try:
-            self.model = models.load(c.model, folder, c.device)
-        except (OSError, ValueError) as error:
-            raise OptionError(f"--pretrained {folder}: {str(error).splitlines()[0]}") from error
+        self.model = models.load(c.model, folder, c.resolution, c.solver, c.device)
         self.reward = build_reward(c.reward, c.device, world)
         self.clock = Clock()
         for part in (self.train, self.held_out):
             part.text = self.model.encode(part.prompts)
-            # Two pictures of noise: a reward that fails should do so before anything is written.
-            noise = initial_noise([0, 1], self.model.latent_shape).to(c.device)
-            self.score(self.model.decode(noise), part, [0, len(part.prompts) - 1])
-        self.model.pipe.text_encoder = None  # its work is done
+            for name, (limit, n) in self.model.cut_off(part.prompts).items():
+                if n:
+                    self.notes.append(f"{n} prompts lose what comes after {limit} tokens ({name})")
+            # Two pictures: a model or a reward that fails should do so before anything is written.
+            rows = [0, len(part.prompts) - 1]
+            noise = initial_noise([0, 1], self.model.latent_shape)
+            text = part.text.take(rows).to(c.device)
+            x_0 = sample(self.model, self.model.transformer, text, noise, 1)
+            self.score(self.model.decode(x_0), part, rows)
+        self.model.free_text_encoders()
+        if c.gradient_checkpointing:
+            self.model.transformer.enable_gradient_checkpointing()
         self.explorer, self.layers = None, []
         if FAMILIES[c.family].quantized:
             self.explorer, self.layers = models.make_explorer(self.model, c.precision, c.min_dim)
@@ -318,10 +325,11 @@ def evaluate(run):
         for i in range(0, len(rows), c.micro_batch):
             part, noise = rows[i : i + c.micro_batch], seeds[i : i + c.micro_batch]
             noise = initial_noise(noise, run.model.latent_shape)
-            x_0 = sample(run.model, ema, run.held_out.text.take(part), noise, c.eval_steps)
+            text = run.held_out.text.take(part).to(c.device)
+            x_0 = sample(run.model, ema, text, noise, c.eval_steps)
             rewards.append(run.score(run.model.decode(x_0), run.held_out, part))
     of_prompt = torch.cat(rewards).reshape(n, c.eval_images).mean(dim=1)
-    return float(of_prompt.mean()), float(of_prompt.std() / n**0.5)
+    return float(of_prompt.mean()), float(of_prompt.std() / n**0.5) if n > 1 else math.nan
 
 
 def train(config):
@@ -388,7 +396,7 @@ def main(argv=None):
     """Run the command line; returns the exit code: 0, 2 on bad input, 130 on Ctrl-C."""
     try:
         return train(parse(argv, __doc__))
-    except (OptionError, RewardError, OSError, SafetensorError) as error:
+    except (OptionError, RewardError, models.ModelError, OSError, SafetensorError) as error:
         print(f"train.py: error: {(str(error).splitlines() or [repr(error)])[0]}", file=sys.stderr)
         return 2
     except FloatingPointError as error:

@@ -9,19 +9,32 @@ sys.path.insert(0, str(PROJECT))  # flat scripts: works from any working directo
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+FAMILIES = ("sana", "flux", "sd3")
+
+
 @pytest.fixture(scope="session")
 def world():
     """The folder of the pretrained tiny models (made on first use, then cached)."""
     import tiny
 
-    return tiny.ensure(progress=False)
+    return tiny.ensure(*FAMILIES, progress=False)
 
 
-@pytest.fixture(scope="session")
-def sana(world):
-    """The tiny SANA in float32."""
+def load(world, name, solver=None):
+    """A fresh tiny model in float32."""
     import torch
 
     import models
 
-    return models.load("sana", world / "sana", dtype=torch.float32)
+    return models.load(name, world / name, 32, solver, dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def sana(world):
+    return load(world, "sana")
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def model(request, world):
+    """Every tiny model, in float32; a test must leave it as it was."""
+    return load(world, request.param)

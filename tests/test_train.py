@@ -1,13 +1,26 @@
 """The update, and runs of the command line at miniature size."""
 
+import dataclasses
 import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+from conftest import FAMILIES, PROJECT, load
+from diffusers import DiffusionPipeline
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
+import config
 import models
 import train
+from config import TINY, parse
 
 MINIATURE = (
     "--steps 2 --prompts_per_step 1 --pool 6 --keep 4 --explore_steps 1 --rollout_steps 2 "
@@ -83,6 +96,18 @@ def lines(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def same(one, other):
+    """Whether two runs logged the same numbers (but seconds) and saved the same LoRA."""
+    without_time = [
+        [{k: v for k, v in line.items() if "time/" not in k} for line in lines(folder)]
+        for folder in (one, other)
+    ]
+    name = "lora/pytorch_lora_weights.safetensors"
+    first, second = load_file(one / name), load_file(other / name)
+    assert without_time[0] == without_time[1]
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
 @pytest.mark.parametrize("family", list(train.FAMILIES))
 def test_every_family_runs_and_leaves_its_folder(family, tmp_path, world, capsys):
     out = tmp_path / "run"
@@ -100,57 +125,90 @@ def test_the_same_seed_gives_the_same_run_and_resuming_changes_nothing(tmp_path,
     assert train.main([*MINIATURE, "--output_dir", str(whole)]) == 0
     assert train.main([*MINIATURE, "--output_dir", str(parts), "--steps", "1"]) == 0
     assert train.main(["--resume", str(parts), "--steps", "2"]) == 0
-    without_time = [
-        [{k: v for k, v in line.items() if "time/" not in k} for line in lines(folder)]
-        for folder in (whole, parts)
-    ]
-    assert without_time[0] == without_time[1]
-    name = "lora/pytorch_lora_weights.safetensors"
-    first, second = load_file(whole / name), load_file(parts / name)
-    assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+    assert same(whole, parts)
     assert train.main(["--resume", str(parts)]) == 2  # nothing left to do
     assert train.main(["--resume", str(parts), "--seed", "9"]) == 2  # another run
 
 
-def test_a_saved_lora_gives_the_trained_policys_images_in_a_stock_pipeline(tmp_path, world):
-    options = [*MINIATURE, "--learning_rate", "0.05", "--ema_decay", "0", "--seed", "3"]
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_saved_lora_gives_the_trained_policys_images_in_a_stock_pipeline(name, tmp_path, world):
+    options = [*MINIATURE, "--model", name, "--learning_rate", "0.05", "--ema_decay", "0"]
     assert train.main([*options, "--output_dir", str(tmp_path / "run")]) == 0
-    noise = torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(0))
-    sana = models.load("sana", world / "sana", dtype=torch.float32)
-    how = dict(latents=noise, num_inference_steps=4, guidance_scale=1.0, height=32, width=32)
-    how |= dict(use_resolution_binning=False, output_type="latent")
-    sana.pipe.set_progress_bar_config(disable=True)
-    prompts = ["a small plain red ring at the top"] * 2
-    base = sana.pipe(prompts, **how).images
-    sana.pipe.load_lora_weights(tmp_path / "run" / "lora")
-    loaded = sana.pipe(prompts, **how).images
-    sana.pipe.unload_lora_weights()
+    pipe = DiffusionPipeline.from_pretrained(world / name)  # in float32
+    pipe.set_progress_bar_config(disable=True)
+    how = dict(num_inference_steps=4, guidance_scale=1.0, height=32, width=32, output_type="pt")
+    sana = dict(use_resolution_binning=False)
+    how |= sana if name == "sana" else dict(max_sequence_length=16)
+
+    def images(of):
+        generator = torch.Generator().manual_seed(0)
+        return of(["a small plain red ring at the top"] * 2, generator=generator, **how).images
+
+    base = images(pipe)
+    pipe.load_lora_weights(tmp_path / "run" / "lora")
+    loaded = images(pipe)
 
     # The same tensors in the adapter that training used, alpha = 2 * rank included.
-    models.add_lora(sana, rank=16, alpha=32)
+    model = load(world, name)
+    models.add_lora(model, rank=16, alpha=32)
     state = load_file(sorted((tmp_path / "run" / "checkpoints").iterdir())[-1])
-    for i, p in enumerate(models.lora_parameters(sana.transformer, "ema")):
+    for i, p in enumerate(models.lora_parameters(model.transformer, "ema")):
         p.data.copy_(state[f"ema.{i}"])
-    with models.policy(sana.transformer, "ema"):
-        trained = sana.pipe(prompts, **how).images
+    model.pipe.set_progress_bar_config(disable=True)
+    with models.policy(model.transformer, "ema"):
+        trained = images(model.pipe)
     assert torch.allclose(loaded, trained, atol=1e-4)
     assert (loaded - base).abs().max() > 1e-2  # and it is not simply the base
 
 
-def test_policies_switch_and_switch_back(world):
-    sana = models.load("sana", world / "sana", dtype=torch.float32)
-    explorer, _ = models.make_explorer(sana, "bf16")
-    models.add_lora(sana, 4, 8)
-    transformer = sana.transformer
+def test_the_model_card_holds_the_command_that_gives_the_run(tmp_path, world, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = [*MINIATURE, "--seed", "3", "--reward", "clipscore:0.5", "--gradient_checkpointing"]
+    assert train.main([*options, "--output_dir", "run"]) == 0
+    card = ModelCard.load(tmp_path / "run" / "lora" / "README.md")
+    assert card.data.library_name == "diffusers" and "clipscore:0.5" in card.text
+    line = next(line for line in card.text.splitlines() if line.startswith("python train.py"))
+    assert "--device" not in line
+    again = parse([*shlex.split(line)[2:], "--device", "cpu", "--output_dir", "other"])
+    ran = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
+    assert dataclasses.asdict(again) == ran | {"output_dir": "other"}
+
+
+def test_a_pretrained_folder_takes_the_very_code_of_the_tiny_model(tmp_path, world):
+    """The tiny FLUX.1 as a user's folder: the same numbers as from --model flux alone."""
+    (tmp_path / "red.py").write_text("def red(i, p, m): return i[:, 0].mean(dim=(1, 2))\n")
+    (tmp_path / "p.txt").write_text("\n".join(f"{n} red cats" for n in range(12)))
+    options = [*MINIATURE, "--model", "flux", "--prompts", str(tmp_path / "p.txt")]
+    options += ["--reward", f"{tmp_path / 'red.py'}:red", "--output_dir"]
+    assert train.main([*options, str(tmp_path / "tiny")]) == 0
+    own = [f"--{k}={v}" for k, v in TINY.items() if f"--{k}" not in MINIATURE and v is not False]
+    own += ["--no-gradient_checkpointing", "--pretrained", str(world / "flux")]
+    assert train.main([*options, str(tmp_path / "folder"), *own]) == 0
+    assert same(tmp_path / "tiny", tmp_path / "folder")
+
+
+def test_checkpointing_gradients_changes_nothing_but_memory(tmp_path, world):
+    for name, flag in (("with", "--gradient_checkpointing"), ("without", "--micro_batch=36")):
+        options = [*MINIATURE, "--model", "sd3", flag, "--output_dir", str(tmp_path / name)]
+        assert train.main(options) == 0
+    assert same(tmp_path / "with", tmp_path / "without")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_policies_switch_and_switch_back(name, world):
+    model = load(world, name)
+    explorer, _ = models.make_explorer(model, "bf16")
+    models.add_lora(model, 4, 8)
+    transformer = model.transformer
     for p in models.lora_parameters(transformer, "default"):
         p.data.add_(0.05)
     models.follow(transformer, "old", eta=0.25)
-    text = sana.encode(["a small plain red ring at the top"])
-    x, t = torch.randn(1, *sana.latent_shape), torch.tensor([0.5])
+    text = model.encode(["a small plain red ring at the top"])
+    x, t = torch.randn(1, *model.latent_shape), torch.tensor([0.5])
 
     def velocity(which):
         with torch.no_grad():
-            return sana.velocity(which, x, t, text)
+            return model.velocity(which, x, t, text)
 
     default = velocity(transformer)
     got = {}
@@ -163,7 +221,15 @@ def test_policies_switch_and_switch_back(world):
     trainable = [name for name, p in transformer.named_parameters() if p.requires_grad]
     assert trainable and all(".default." in name for name in trainable)
     models.sync(explorer, transformer, "old")  # merged into the explorer it is the old policy
-    assert torch.allclose(velocity(explorer), got["old"], atol=1e-5)
+    assert torch.allclose(velocity(explorer), got["old"], atol=1e-4)
+
+
+@pytest.mark.parametrize("name, adapted", [("sana", 32), ("flux", 14), ("sd3", 23)])
+def test_lora_adapts_the_attention_layers_of_the_paper(name, adapted, world):
+    model = load(world, name)
+    models.add_lora(model, 4, 8)
+    layers = {n.split(".lora_")[0] for n, _ in model.transformer.named_parameters() if "lora_" in n}
+    assert len(layers) == adapted and all("attn" in layer for layer in layers)
 
 
 @pytest.mark.parametrize(
@@ -196,6 +262,12 @@ def test_policies_switch_and_switch_back(world):
         ("--resume nowhere", "nowhere"),
         ("--pretrained", "--prompts"),
         ("--pretrained nowhere --prompts GOOD --prompts_per_step 1", "nowhere"),
+        ("--pretrained a/b/c --prompts GOOD --prompts_per_step 1", "such a model on the hub"),
+        ("--pretrained TAKEN --prompts GOOD --prompts_per_step 1", "model_index.json"),
+        ("--resolution 0", "--resolution 0"),
+        ("--resolution 36", "multiple of 8"),
+        ("--model sd3 --resolution 96", "positions up to 64"),
+        ("--eval_prompts EMPTY", "no prompt"),
         ("--prompts GOOD", "--prompts_per_step 6"),
         ("--prompts_per_step 649", "648 training prompts"),
     ],
@@ -240,16 +312,110 @@ def test_ctrl_c_ends_with_what_was_kept(tmp_path, world, monkeypatch, capsys):
     assert "interrupted after 1 steps; continue with --resume" in capsys.readouterr().out
 
 
+def test_another_familys_folder_is_named_and_so_is_what_is_broken(world, tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("a cat")
+    options = ["--prompts", str(tmp_path / "p.txt"), "--prompts_per_step", "1", "--output_dir"]
+    options += [str(tmp_path / "run"), "--model", "flux", "--pretrained"]
+
+    def error(folder):
+        assert train.main([*options, str(folder)]) == 2
+        said = capsys.readouterr().err.strip()
+        assert "\n" not in said and str(folder) in said and not (tmp_path / "run").exists()
+        return said
+
+    assert "is a SanaPipeline, not --model flux; try --model sana" in error(world / "sana")
+    for number, (victim, damage) in enumerate(
+        [
+            ("transformer", shutil.rmtree),
+            ("tokenizer_2", shutil.rmtree),
+            ("text_encoder_2/model.safetensors", lambda p: p.unlink()),
+            ("vae/config.json", lambda p: p.write_text("{")),
+            ("transformer/config.json", lambda p: p.write_text('{"num_layers": 3}')),
+            ("vae/diffusion_pytorch_model.safetensors", lambda p: p.write_bytes(b"x" * 99)),
+            (
+                "transformer/diffusion_pytorch_model.safetensors",
+                lambda p: p.write_bytes(p.read_bytes()[:-1]),
+            ),
+            ("model_index.json", lambda p: p.write_text("[]")),
+        ]
+    ):
+        folder = tmp_path / str(number)
+        shutil.copytree(world / "flux", folder)
+        damage(folder / victim)
+        error(folder)
+
+
+@pytest.mark.parametrize(
+    "status, header, says",
+    [
+        (403, {"X-Error-Code": "GatedRepo"}, "gated; accept its licence"),
+        (401, {"X-Error-Code": "RepoNotFound"}, "such a model on the hub"),
+        (500, {}, "the hub cannot be asked"),
+        (None, {}, "the hub cannot be asked"),
+    ],
+)
+def test_a_hub_that_refuses_or_is_not_there_is_one_line(status, header, says, tmp_path):
+    class Hub(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(status)
+            for item in (header | {"Content-Length": "0"}).items():
+                self.send_header(*item)
+            self.end_headers()
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_address[1]}"
+    if status is None:
+        server.shutdown()
+        server.server_close()
+    (tmp_path / "p.txt").write_text("a cat")
+    code = "import sys, train; sys.exit(train.main(sys.argv[1:]))"
+    options = ["--model", "flux", "--pretrained", "--prompts", "p.txt", "--prompts_per_step", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT), "HF_ENDPOINT": address}
+    environment |= {"HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "empty")}
+    command = [sys.executable, "-c", code, *options]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    server.server_close()
+    assert done.returncode == 2 and says in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and not (tmp_path / "runs").exists()
+
+
 def test_prompts_files(tmp_path):
-    from config import read_prompts
-
     path = tmp_path / "p.jsonl"
-    path.write_text('{"prompt": "a", "n": 1}\n\n{"prompt": "b"}\n{"prompt": "a"}\n')
-    assert read_prompts(path) == (["a", "b"], [{"n": 1}, {}])
+    path.write_text('{"prompt": "a", "n": 1}\n\n{"prompt": "b"}\n{"n": 1, "prompt": "a"}\n')
+    prompts, metadata, notes = config.read_prompts(path)
+    assert (prompts, metadata) == (["a", "b"], [{"n": 1}, {}])
+    assert "1 repeated lines" in notes[0]
+    path.write_text('{"prompt": "a", "n": 1}\n{"prompt": "a", "n": 2}\n')
+    assert config.read_prompts(path) == (["a", "a"], [{"n": 1}, {"n": 2}], [])
 
 
-def test_a_prompts_file_of_ones_own_trains(tmp_path, world):
+def test_what_is_held_out_is_a_tenth_of_the_prompts_or_a_file(tmp_path):
+    path, other = tmp_path / "p.txt", tmp_path / "eval.txt"
+    path.write_text("\n".join(f"cat {i % 20}" for i in range(40)))
+    other.write_text("dog\ncat 3\n")
+    options = ["--prompts", str(path)]
+    rows, held_out, notes = config.split_prompts(parse(options))
+    assert held_out.prompts == ["cat 0", "cat 10"] and len(rows.prompts) == 18
+    assert notes == [f"{path}: 20 repeated lines are used once"]
+    rows, held_out, notes = config.split_prompts(parse([*options, "--eval_prompts", str(other)]))
+    assert held_out.prompts == ["dog", "cat 3"] and len(rows.prompts) == 20
+    assert notes[1] == "1 of the 2 held-out prompts are trained on too"
+
+
+def test_a_prompts_file_of_ones_own_trains_and_long_prompts_are_cut_off_and_said(
+    tmp_path, world, capsys
+):
     path = tmp_path / "p.txt"
-    path.write_text("a red cat\na blue dog\n")
+    path.write_text("a red cat\n" + "a very " * 30 + "blue dog\n")
     out = tmp_path / "run"
-    assert train.main([*MINIATURE, "--prompts", str(path), "--output_dir", str(out)]) == 0
+    options = [*MINIATURE, "--model", "sd3", "--prompts", str(path), "--output_dir", str(out)]
+    assert train.main(options) == 0
+    said = capsys.readouterr().out
+    for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+        assert f"1 prompts lose what comes after 16 tokens ({name})" in said
