@@ -1,11 +1,11 @@
 """The paper's claims, measured on the tiny models.
 
-    python paper.py fidelity           # does NVFP4 rank as BF16 does? (Table 8; half a minute)
-    python paper.py families           # the four rollout families, 3 seeds each
+    python paper.py fidelity           # does NVFP4 rank as BF16 does? (Table 8; 2 minutes)
+    python paper.py families           # the four rollout families, 3 models, 3 seeds (an hour)
 
-Each prints the paper's figure beside its own. `families` runs train.py twelve times, writes its
-runs under runs/families/ (a run that is complete there is not run again) and the picture
-docs/families.png.
+Each prints the paper's figure beside its own. `fidelity` also draws docs/candidates.png.
+`families` runs train.py once for each line of its log, under runs/families/ (a run that is
+complete there is not run again), and draws docs/families.png.
 """
 
 import argparse
@@ -29,104 +29,143 @@ from reward import build_reward
 from rollout import candidate_seeds, draw
 from train import selection
 
+HERE = Path(__file__).parent
+COLUMNS = "kendall_tau spearman_rho top_match bottom_match top_rank bottom_rank".split()
+
 
 def fidelity(prompts=16, pool=96, keep=12, explore_steps=6, rollout_steps=10):
-    """Rank agreement of proxies with a BF16 rollout of the untrained tiny SANA, as means over
+    """Rank agreement of proxies with a BF16 rollout of the untrained tiny models, as means over
     prompts with their standard errors."""
-    world = tiny.ensure()
-    model = models.load("sana", world / "sana")
+    world = tiny.ensure(*models.MODELS)
     reward = build_reward("clipscore", "cpu", world)
-    explorer, _ = models.make_explorer(model, "nvfp4")
     names = tiny.HELD_OUT_PROMPTS[:prompts]
-    texts = model.encode(names)
+    rows, batches, shown = [], [], []
+    for family in models.MODELS:
+        model = models.load(family, world / family, tiny.SIDE)
+        explorer, _ = models.make_explorer(model, "nvfp4")
+        texts = model.encode(names)
 
-    def scores(transformer, i, steps, micro_batch):
-        seeds = candidate_seeds(0, 0, i, pool)
-        pieces = draw(model, transformer, texts.take(i), seeds, steps, micro_batch)
-        return torch.cat([reward(images, [names[i]] * len(images)) for _, images in pieces])
+        def candidates(transformer, i, steps, micro_batch):
+            seeds = candidate_seeds(0, 0, i, pool)
+            pieces = draw(model, transformer, texts.take(i), seeds, steps, micro_batch)
+            images = torch.cat([images for _, images in pieces])
+            return images, reward(images, [names[i]] * pool)
 
-    few = f"{explore_steps} steps"
-    proxies = {
-        f"NVFP4, {few}": (explorer, explore_steps, pool),
-        f"NVFP4, {few}, micro-batches of 16": (explorer, explore_steps, 16),
-        f"NVFP4, {rollout_steps} steps": (explorer, rollout_steps, pool),
-        f"BF16, {few}": (model.transformer, explore_steps, pool),
-    }
-    found = {name: [] for name in proxies}
-    batches = []  # rho between the first two
-    for i in tqdm(range(prompts), desc="prompts"):
-        truth = scores(model.transformer, i, rollout_steps, pool)
-        ranked = {name: scores(t, i, s, m) for name, (t, s, m) in proxies.items()}
-        for name, proxy in ranked.items():
-            found[name].append(selection.rank_fidelity(proxy, truth, keep))
-        first, second, *_ = ranked.values()
-        batches.append(selection.rank_fidelity(second, first, keep)["spearman_rho"])
-    columns = list(found[f"NVFP4, {few}"][0])
+        few = f"{explore_steps} steps"
+        proxies = {
+            f"NVFP4, {few}": (explorer, explore_steps, pool),
+            f"NVFP4, {few}, micro-batches of 16": (explorer, explore_steps, 16),
+            f"NVFP4, {rollout_steps} steps": (explorer, rollout_steps, pool),
+            f"BF16, {few}": (model.transformer, explore_steps, pool),
+        }
+        found, other_batch = {name: [] for name in proxies}, []
+        for i in tqdm(range(prompts), desc=f"{family}, prompts"):
+            images, truth = candidates(model.transformer, i, rollout_steps, pool)
+            drawn = {name: candidates(t, i, s, m) for name, (t, s, m) in proxies.items()}
+            for name, (_, proxy) in drawn.items():
+                found[name].append(selection.rank_fidelity(proxy, truth, keep))
+            first, second, *_ = drawn.values()
+            other_batch.append(selection.rank_fidelity(second[1], first[1], keep)["spearman_rho"])
+            if i == 0:
+                kept = selection.best_worst(first[1], 8)
+                shown.append((family, [(x[kept], r[kept]) for x, r in (first, (images, truth))]))
+        rows += [(f"{family}: {name}", ranks) for name, ranks in found.items()]
+        batches.append("{}: {:.3f} ± {:.3f}".format(family, *mean_and_error(other_batch)))
     print(f"\nranking of {pool} seeds against BF16 at {rollout_steps} steps, {prompts} prompts")
-    print("| proxy | " + " | ".join(columns) + " |\n|" + " --- |" * (1 + len(columns)))
-    for name, rows in found.items():
-        cells = [mean_and_error([row[column] for row in rows]) for column in columns]
+    print("| proxy | " + " | ".join(COLUMNS) + " |\n|" + " --- |" * (1 + len(COLUMNS)))
+    for name, ranks in rows:
+        cells = [mean_and_error([rank[column] for rank in ranks]) for column in COLUMNS]
         print(f"| {name} | " + " | ".join(f"{m:.3f} ± {e:.3f}" for m, e in cells) + " |")
     print("| paper, CLIPScore | 0.752 | 0.900 | 0.922 | | | |")
     print("| paper, HPSv2 (ranks: SANA) | 0.827 | 0.943 | 0.939 | | 8.7 | 87.4 |")
-    m, e = mean_and_error(batches)
-    print(f"\nNVFP4 in micro-batches of {pool} against 16, rho: {m:.3f} ± {e:.3f}")
+    print("| paper, HPSv2, FLUX.1 | | | | | 8.4 | 87.4 |")
+    print(f"\nNVFP4 in micro-batches of {pool} against 16, rho: {', '.join(batches)}")
+    candidates_picture(names[0], shown)
 
 
-def families(seeds, steps, folder=Path("runs/families"), jobs=2):
+def candidates_picture(prompt, shown):
+    """docs/candidates.png. shown: (family, [(images, rewards) explored, the same in BF16])."""
+    figure, axes = plt.subplots(2 * len(shown), 8, figsize=(9, 2.6 * len(shown)))
+    for i, (family, pairs) in enumerate(shown):
+        for j, (name, (images, rewards)) in enumerate(zip(("NVFP4", "BF16"), pairs)):
+            for k, axis in enumerate(axes[2 * i + j]):
+                axis.imshow(images[k].permute(1, 2, 0).float().numpy())
+                axis.set_title(f"{rewards[k]:.2f}", fontsize=8)
+                axis.set_xticks([])
+                axis.set_yticks([])
+            axes[2 * i + j][0].set_ylabel(f"{family}, {name}", fontsize=8)
+    figure.suptitle(f"{prompt}: best 4 and worst 4 as explored", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(HERE / "docs" / "candidates.png", dpi=110)
+
+
+def families(seeds, steps, jobs=2):
     """Held-out reward of the four rollout families at equal updates: a table and a picture."""
-    tiny.ensure()  # once, before the runs share it
+    folder = HERE / "runs" / "families"
+    tiny.ensure(*models.MODELS)  # once, before the runs share it
 
-    def run(family, seed):
-        out = folder / f"{family}_{seed}"
-        if not (out / "lora").is_dir():
-            command = [sys.executable, "train.py", "--family", family, "--seed", str(seed)]
-            command += ["--steps", str(steps), "--output_dir", str(out)]
+    def run(options):
+        out = folder / "_".join(map(str, options.values()))
+        if (out / "lora").is_dir():
+            ran = json.loads((out / "config.json").read_text())["config"]
+            if any(ran[name] != value for name, value in options.items()):
+                sys.exit(f"paper.py: error: {out} is of other options; delete it")
+        else:
+            words = [f"--{name}={value}" for name, value in options.items()]
+            command = [sys.executable, HERE / "train.py", *words, f"--output_dir={out}"]
             threads = dict(OMP_NUM_THREADS=str(max(1, os.cpu_count() // jobs)))
-            log = folder / f"{family}_{seed}.log"
-            with open(log, "w") as output:
+            with open(out.with_suffix(".log"), "w") as log:
                 subprocess.run(
-                    command, check=True, stdout=output, stderr=output, env=os.environ | threads
+                    command, check=True, stdout=log, stderr=log, env=os.environ | threads
                 )
         return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
     folder.mkdir(parents=True, exist_ok=True)
-    pairs = [(family, seed) for seed in range(seeds) for family in FAMILIES]
+    todo = [
+        dict(model=model, family=family, seed=seed, steps=steps)
+        for seed in range(seeds)
+        for model in models.MODELS
+        for family in FAMILIES
+    ]
     with ThreadPoolExecutor(jobs) as pool:
-        found = dict(zip(pairs, tqdm(pool.map(lambda p: run(*p), pairs), total=len(pairs))))
-
-    figure, axis = plt.subplots(figsize=(6, 4))
-    print("\n| family | before | after | gain | rollout s | train s |\n|" + " --- |" * 6)
-    for family in FAMILIES:
-        runs = [found[family, seed] for seed in range(seeds)]
-        evals = [[line for line in run if "eval/reward" in line] for run in runs]
-        gains = [run[-1]["eval/reward"] - run[0]["eval/reward"] for run in evals]
-        after, error = mean_and_error([run[-1]["eval/reward"] for run in evals])
-        gain, gain_error = mean_and_error(gains)
-        seconds = {
-            stage: sum(line.get(f"time/{stage}", 0) for run in runs for line in run) / seeds
-            for stage in ("explore", "regenerate", "reward", "train")
-        }
-        train = seconds.pop("train")
-        print(
-            f"| {family} | {evals[0][0]['eval/reward']:.4f} | {after:.4f} ± {error:.4f} | "
-            f"{gain:.4f} ± {gain_error:.4f} | {sum(seconds.values()):.0f} | {train:.0f} |"
-        )
-        steps = [line["step"] for line in evals[0]]
-        means, errors = zip(
-            *(mean_and_error([run[i]["eval/reward"] for run in evals]) for i in range(len(steps)))
-        )
-        axis.errorbar(steps, means, yerr=errors, label=family, capsize=2)
-    axis.set(xlabel="optimizer steps", ylabel="held-out reward (tiny CLIPScore)")
-    axis.set_title(f"tiny SANA, {seeds} seeds, standard errors", fontsize=10)
-    axis.legend()
+        runs = list(tqdm(pool.map(run, todo), total=len(todo)))
+    figure, axes = plt.subplots(1, len(models.MODELS), figsize=(12, 4))
+    print("\n| model | family | before | after | gain | rollout s | train s |\n|" + " --- |" * 7)
+    for axis, model in zip(axes, models.MODELS):
+        for family in FAMILIES:
+            mine = [
+                run
+                for options, run in zip(todo, runs)
+                if (options["model"], options["family"]) == (model, family)
+            ]
+            evals = [[line for line in run if "eval/reward" in line] for run in mine]
+            curves = list(zip(*([line["eval/reward"] for line in run] for run in evals)))
+            after, error = mean_and_error(curves[-1])
+            gain, gain_error = mean_and_error([b - a for a, b in zip(curves[0], curves[-1])])
+            seconds = {
+                stage: sum(line.get(f"time/{stage}", 0) for run in mine for line in run) / seeds
+                for stage in ("explore", "regenerate", "reward", "train")
+            }
+            train = seconds.pop("train")
+            print(
+                f"| {model} | {family} | {curves[0][0]:.4f} | {after:.4f} ± {error:.4f} | "
+                f"{gain:.4f} ± {gain_error:.4f} | {sum(seconds.values()):.0f} | {train:.0f} |"
+            )
+            means, errors = zip(*map(mean_and_error, curves))
+            at = [line["step"] for line in evals[0]]
+            axis.errorbar(at, means, yerr=errors, label=family, capsize=2)
+        axis.set_title(f"tiny {model}", fontsize=10)
+        axis.set_xlabel("optimizer steps")
+    axes[0].set_ylabel(f"held-out reward (tiny CLIPScore), {seeds} seeds")
+    axes[0].legend()
     figure.tight_layout()
-    figure.savefig("docs/families.png", dpi=110)
+    figure.savefig(HERE / "docs" / "families.png", dpi=110)
 
 
 def mean_and_error(values):
-    """(mean, standard error of the mean)."""
-    return statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values))
+    """(mean, standard error of the mean; nan of one value)."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return statistics.mean(values), error
 
 
 def main(argv=None):
@@ -135,7 +174,7 @@ def main(argv=None):
     )
     parser.add_argument("what", choices=("fidelity", "families"))
     parser.add_argument("--prompts", type=int, default=16, help="of fidelity")
-    parser.add_argument("--seeds", type=int, default=3, help="runs a family")
+    parser.add_argument("--seeds", type=int, default=3, help="runs a model and family")
     parser.add_argument("--steps", type=int, default=10, help="optimizer steps of a run")
     arguments = parser.parse_args(argv)
     if arguments.what == "fidelity":
