@@ -10,9 +10,7 @@ complete there is not run again), and draws docs/families.png.
 
 import argparse
 import json
-import math
 import os
-import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +22,7 @@ from tqdm import tqdm
 import models
 import tiny
 from config import FAMILIES
-from report import plt
+from report import mean_and_error, plt
 from reward import build_reward
 from rollout import candidate_seeds, draw
 from train import selection
@@ -160,12 +158,6 @@ def families(seeds, steps, jobs=2):
     axes[0].legend()
     figure.tight_layout()
     figure.savefig(HERE / "docs" / "families.png", dpi=110)
-
-
-def mean_and_error(values):
-    """(mean, standard error of the mean; nan of one value)."""
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return statistics.mean(values), error
 
 
 def main(argv=None):

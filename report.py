@@ -12,6 +12,7 @@ import dataclasses
 import json
 import math
 import os
+import statistics
 import textwrap
 import time
 from importlib.metadata import version
@@ -82,20 +83,30 @@ class Report:
             return lambda step, m: wandb.log(m, step=step)
         return lambda step, m: None
 
-    def evaluated(self, step, mean, error):
-        self.evaluations.append((step, mean, error))
-        tqdm.write(f"step {step:4d}  held-out reward {mean:.4f} +- {error:.4f}")
+    def evaluated(self, step, rewards):
+        """rewards: of each held-out prompt. What is gained since step 0 is compared prompt by
+        prompt, the noise being the same: its error is much below that of either mean."""
+        mean, error = mean_and_error(rewards)
+        line = {"eval/reward": mean, "eval/standard_error": error}
+        text = f"step {step:4d}  held-out reward {mean:.4f} +- {error:.4f}"
+        if self.evaluations:
+            first = self.evaluations[0]["eval/rewards"]
+            gain, error = mean_and_error([b - a for a, b in zip(first, rewards)])
+            line |= {"eval/gain": gain, "eval/gain_standard_error": error}
+            text += f"  gain {gain:+.4f} +- {error:.4f}"
+        self.evaluations.append({"step": step} | line | {"eval/rewards": rewards})
+        tqdm.write(text)
 
     def step(self, step, metrics):
         """Log one step: a line on the console, a line in metrics.jsonl, the curve."""
         seconds = self.run.clock.seconds
         metrics |= {f"time/{k}": seconds[k] - self.spent[k] for k in seconds}
         self.spent = dict(seconds)
-        if self.evaluations and self.evaluations[-1][0] == step:
-            _, metrics["eval/reward"], metrics["eval/standard_error"] = self.evaluations[-1]
         self.history.append({"step": step} | metrics)
+        if self.evaluations and self.evaluations[-1]["step"] == step:
+            self.history[-1] |= self.evaluations[-1]
         self._write_history()
-        self.tracker(step, metrics)
+        self.tracker(step, {k: v for k, v in self.history[-1].items() if k != "eval/rewards"})
         tqdm.write(
             f"step {step:4d}  reward {metrics['reward/mean']:.4f} "
             f"({metrics['reward/worst']:.3f} to {metrics['reward/best']:.3f})  "
@@ -105,10 +116,9 @@ class Report:
         )
 
     def _write_history(self):
-        names = ("step", "eval/reward", "eval/standard_error")
-        before = [dict(zip(names, line)) for line in self.evaluations[:1] if line[0] == 0]
+        before = [line for line in self.evaluations[:1] if line["step"] == 0]
         clean = [
-            {k: None if math.isnan(v) else v for k, v in line.items()}
+            {k: None if v != v else v for k, v in line.items()}  # JSON has no nan
             for line in before + self.history
         ]
         _write(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in clean))
@@ -120,8 +130,8 @@ class Report:
             if line["step"] > step:
                 break
             if "eval/reward" in line:
-                keys = ("step", "eval/reward", "eval/standard_error")
-                self.evaluations.append(tuple(line[k] for k in keys))
+                evaluation = {k: v for k, v in line.items() if k.startswith(("step", "eval/"))}
+                self.evaluations.append(evaluation)
             if line["step"]:
                 self.history.append(line)
 
@@ -154,7 +164,8 @@ class Report:
 
     def curve(self):
         figure, axis = plt.subplots(figsize=(6, 4))
-        steps, means, errors = zip(*self.evaluations)
+        columns = ("step", "eval/reward", "eval/standard_error")
+        steps, means, errors = zip(*([line[k] for k in columns] for line in self.evaluations))
         axis.errorbar(steps, means, yerr=errors, marker="o", label="held-out prompts, EMA policy")
         axis.plot(
             [line["step"] for line in self.history],
@@ -168,25 +179,23 @@ class Report:
 
     def finish(self):
         self.curve()
-        _, before, error_before = self.evaluations[0]
-        last, after, error_after = self.evaluations[-1]
-        error = math.hypot(error_before, error_after)
-        gain = (
-            f"{(after - before) / error:+.1f} standard errors"
-            if error > 0
-            else (f"{after - before:+.4f}, without an error from one held-out prompt")
+        first, last = self.evaluations[0], self.evaluations[-1]
+        result = "{} before, {} after {} steps".format(
+            *(f"{x['eval/reward']:.4f} +- {x['eval/standard_error']:.4f}" for x in (first, last)),
+            last["step"],
         )
-        tqdm.write(
-            f"\nheld-out reward: {before:.4f} +- {error_before:.4f} before, {after:.4f} +- "
-            f"{error_after:.4f} after {last} steps: {gain}"
-        )
-        self._card(before, after, error_before, error_after)
+        gain, error = last["eval/gain"], last["eval/gain_standard_error"]
+        result += f"; gain {gain:+.4f} +- {error:.4f}"
+        if error > 0:
+            result += f", {gain / error:.1f} standard errors"
+        tqdm.write(f"\nheld-out reward: {result}")
+        self._card(result)
         stages = "  ".join(f"{k} {v:.0f}s" for k, v in self.run.clock.seconds.items())
         tqdm.write(f"time: {time.perf_counter() - self.started:.0f}s in all;  {stages}")
         for name in ("curve.png", "images", "metrics.jsonl", "lora", "checkpoints", "config.json"):
             tqdm.write(f"wrote {self.folder / name}")
 
-    def _card(self, before, after, error_before, error_after):
+    def _card(self, result):
         """lora/README.md, a model card."""
         c, kind = self.config, self.run.model.pipeline.__name__
         base = c.pretrained if c.pretrained != "published" else self.run.model.published
@@ -204,8 +213,7 @@ class Report:
             f"Trained by Sol-RL (arXiv 2604.06916) for {len(self.history)} steps on the reward "
             f"`{c.reward}`; these are the EMA policy's weights. Guidance was off and the solver "
             f"{c.solver} at {c.rollout_steps} steps.\n\n"
-            f"Held-out reward: {before:.4f} ± {error_before:.4f} before, {after:.4f} ± "
-            f"{error_after:.4f} after.\n\n```\n{command(c)}\n```\n\n```python\n"
+            f"Held-out reward: {result}.\n\n```\n{command(c)}\n```\n\n```python\n"
             f"from diffusers import {kind}\n\n"
             f"pipe = {kind}.from_pretrained({(base or 'path/to/the/tiny/model')!r})\n"
             f'pipe.load_lora_weights("path/to/this/folder")\n```\n\n'
@@ -218,6 +226,12 @@ class Report:
         if saved:
             kept = f"continue with --resume {self.folder} from {saved[-1].stem}"
         tqdm.write(f"interrupted after {len(self.history)} steps; {kept}")
+
+
+def mean_and_error(values):
+    """(mean, standard error of the mean; nan of one value)."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return statistics.mean(values), error
 
 
 def _write(path, text):

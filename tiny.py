@@ -1,17 +1,19 @@
 """A text-to-image world small enough for a laptop, and the tiny models that live in it.
 
-    python tiny.py           # pretrain now what a first `python train.py` would (about 2 minutes)
+    python tiny.py           # pretrain now what first runs of train.py would (4 minutes)
 
 The world: 32x32 pictures of one shape, told apart by size, fill, colour, shape and place, each
 drawn with a little jitter; 720 captions, 72 of them held out from every training. The models are
 the real classes of diffusers and transformers, only small, in folders that `from_pretrained`
-loads: `sana/` is a whole SanaPipeline (AutoencoderDC, SanaTransformer2DModel, Gemma2, tokenizer,
-scheduler), `clip/` a CLIPModel that serves as the reward. They are trained for so short a time
-that shapes come out misshapen or mixed up: that is what reinforcement learning then mends.
+loads: `sana/`, `flux/` and `sd3/` are whole pipelines with their own transformer, text encoders,
+tokenizers and scheduler, `autoencoder_dc/` (SANA's) and `autoencoder_kl/` (that of the other two)
+are shared, and so is `clip/`, a CLIPModel that serves as the reward. All are trained for so short
+a time that shapes come out misshapen or mixed up: that is what reinforcement learning then mends.
 
-What is not like a real model: the Gemma2 weights are random (its 3-layer features of a prompt
-differ from each other, which is all a caption projection needs), and the flow model was never
-trained without its prompt, so guidance has nothing to push away from.
+What is not like a real model: the weights of Gemma2 and T5 are random (their features of two
+prompts differ, which is all the transformer needs), the CLIP that FLUX.1 and SD3.5 read prompts
+with is the reward's own, and the flow models were never trained without their prompt, so guidance
+has nothing to push away from.
 """
 
 import functools
@@ -24,6 +26,8 @@ import shutil
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
+
+import models  # isort: skip  (before transformers, which it keeps quiet)
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +60,6 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-import models
 import reward
 
 # ---------------------------------------------------------------------------------------------

@@ -24,7 +24,6 @@ Symbols, the same in every file
 import contextlib
 import dataclasses
 import importlib.util
-import math
 import os
 import sys
 import time
@@ -315,8 +314,8 @@ class Run:
 
 
 def evaluate(run):
-    """Reward of the EMA policy on held-out prompts, the noise the same in every run: (mean,
-    standard error of the mean over prompts)."""
+    """Reward of the EMA policy on each held-out prompt, a list: the mean over its images, whose
+    noise is the same in every run."""
     c, n = run.config, len(run.held_out.prompts)
     rows = [i for i in range(n) for _ in range(c.eval_images)]
     seeds = [s for i in range(n) for s in candidate_seeds(0, EVALUATION, i, c.eval_images)]
@@ -328,8 +327,7 @@ def evaluate(run):
             text = run.held_out.text.take(part).to(c.device)
             x_0 = sample(run.model, ema, text, noise, c.eval_steps)
             rewards.append(run.score(run.model.decode(x_0), run.held_out, part))
-    of_prompt = torch.cat(rewards).reshape(n, c.eval_images).mean(dim=1)
-    return float(of_prompt.mean()), float(of_prompt.std() / n**0.5) if n > 1 else math.nan
+    return torch.cat(rewards).reshape(n, c.eval_images).mean(dim=1).tolist()
 
 
 def train(config):
@@ -339,12 +337,12 @@ def train(config):
     start = load_checkpoint(run, report) if c.resume else 0
     try:
         if start == 0:
-            report.evaluated(0, *evaluate(run))
+            report.evaluated(0, evaluate(run))
         for step in tqdm(range(start, c.steps), desc=c.family, initial=start, total=c.steps):
             metrics, picture = iteration(run, step)
             done = step + 1
             if done % c.eval_every == 0 or done == c.steps:
-                report.evaluated(done, *evaluate(run))
+                report.evaluated(done, evaluate(run))
                 report.picture(done, *picture)
             report.step(done, metrics)
             if done % c.eval_every == 0 or done == c.steps:
