@@ -5,6 +5,7 @@ import json
 import os
 import shlex
 import shutil
+import statistics
 import subprocess
 import sys
 import threading
@@ -117,7 +118,11 @@ def test_every_family_runs_and_leaves_its_folder(family, tmp_path, world, capsys
     assert names == set(expected.split())
     steps = lines(out)
     assert [line["step"] for line in steps] == [0, 1, 2] and "reward/mean" in steps[2]
-    assert "standard errors" in capsys.readouterr().out
+    gains = [b - a for a, b in zip(steps[0]["eval/rewards"], steps[2]["eval/rewards"])]
+    error = statistics.stdev(gains) / len(gains) ** 0.5
+    assert steps[2]["eval/gain"] == pytest.approx(sum(gains) / len(gains))
+    assert steps[2]["eval/gain_standard_error"] == pytest.approx(error)
+    assert f"{steps[2]['eval/gain'] / error:.1f} standard errors" in capsys.readouterr().out
 
 
 def test_the_same_seed_gives_the_same_run_and_resuming_changes_nothing(tmp_path, world):
