@@ -109,8 +109,8 @@ class Parser(argparse.ArgumentParser):
 
 def parse(argv, description=None):
     """argv -> Config, checked as far as options alone can be. Raises OptionError."""
-    about = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=description, formatter_class=about, allow_abbrev=False)
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=description, formatter_class=as_written, allow_abbrev=False)
     for field in dataclasses.fields(Config):
         name, meta = field.name, field.metadata
         kind = dict(type=field.type, choices=meta["choices"], default=argparse.SUPPRESS)
@@ -125,7 +125,8 @@ def parse(argv, description=None):
         shown = field.default if same else ", ".join(f"{m} {v}" for m, v in paper.items())
         if name in TINY:
             shown = f"{TINY[name]}; pretrained: {shown}"
-        parser.add_argument(f"--{name}", help=f"{meta['about']} (default {shown})", **kind)
+        about = meta["about"] + (f" (default {shown})" if shown != "" else "")
+        parser.add_argument(f"--{name}", help=about, **kind)
     given = vars(parser.parse_args(argv))
     if given.get("resume"):
         config = _resumed_config(Path(given["resume"]), given)
