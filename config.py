@@ -51,6 +51,8 @@ class Config:
     family: str = option("sol_rl", "rollout family", tuple(FAMILIES))
     pretrained: str = option("", "a diffusers folder or hub id; alone: the published checkpoint")
     reward: str = option("clipscore", "NAME, NAME:WEIGHT,NAME:WEIGHT or path/to/file.py:function")
+    eval_rewards: str = option("", "the like, only measured: rewards that are not trained on")
+    reward_weights: str = option("", "folder with the rewards' repositories instead of the hub")
     prompts: str = option("", "file with a prompt a line, or .jsonl with 'prompt' and metadata")
     eval_prompts: str = option("", "the like to evaluate on; default: every tenth of --prompts")
     resolution: int = option(None, "side of the images in pixels")

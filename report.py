@@ -83,11 +83,13 @@ class Report:
             return lambda step, m: wandb.log(m, step=step)
         return lambda step, m: None
 
-    def evaluated(self, step, rewards):
-        """rewards: of each held-out prompt. What is gained since step 0 is compared prompt by
-        prompt, the noise being the same: its error is much below that of either mean."""
+    def evaluated(self, step, scores):
+        """scores: {reward: of each held-out prompt}. What is gained since step 0 is compared prompt
+        by prompt, the noise being the same: its error is much below that of either mean."""
+        rewards = scores["weighted_sum"]
         mean, error = mean_and_error(rewards)
-        line = {"eval/reward": mean, "eval/standard_error": error}
+        line = {f"eval/{name}": statistics.mean(values) for name, values in scores.items()}
+        line |= {"eval/reward": mean, "eval/standard_error": error}
         text = f"step {step:4d}  held-out reward {mean:.4f} +- {error:.4f}"
         if self.evaluations:
             first = self.evaluations[0]["eval/rewards"]
@@ -163,18 +165,32 @@ class Report:
         _save(figure, self.folder / "images" / f"step_{step:04d}.png")
 
     def curve(self):
-        figure, axis = plt.subplots(figsize=(6, 4))
-        columns = ("step", "eval/reward", "eval/standard_error")
-        steps, means, errors = zip(*([line[k] for k in columns] for line in self.evaluations))
-        axis.errorbar(steps, means, yerr=errors, marker="o", label="held-out prompts, EMA policy")
-        axis.plot(
+        """curve.png: the reward trained on and, below, each one only measured, on held-out prompts:
+        when the first rises and the others fall, the reward is being hacked."""
+        others = [name for name, *_ in self.run.eval_rewards.parts] if self.run.eval_rewards else []
+        figure, axes = plt.subplots(
+            1 + len(others), figsize=(6, 4 + 2 * len(others)), sharex=True, squeeze=False
+        )
+        first, *rest = axes[:, 0]
+        steps = [line["step"] for line in self.evaluations]
+        means, errors = (
+            [line[f"eval/{name}"] for line in self.evaluations]
+            for name in ("reward", "standard_error")
+        )
+        first.errorbar(steps, means, yerr=errors, marker="o", label="held-out prompts, EMA policy")
+        first.plot(
             [line["step"] for line in self.history],
             [line["reward/mean"] for line in self.history],
             alpha=0.5,
             label="candidates trained on",
         )
-        axis.set(xlabel="optimizer steps", ylabel=f"reward ({self.config.reward})")
-        axis.legend()
+        first.set(ylabel="reward", title=self.config.reward)
+        first.legend()
+        for axis, name in zip(rest, others):
+            axis.plot(steps, [line[f"eval/{name}"] for line in self.evaluations], marker="o")
+            axis.set_ylabel(f"{name}\n(not trained on)")
+        axes[-1, 0].set_xlabel("optimizer steps")
+        axes[-1, 0].xaxis.get_major_locator().set_params(integer=True)
         _save(figure, self.folder / "curve.png")
 
     def finish(self):

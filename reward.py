@@ -3,97 +3,424 @@
 images: float32 (n, 3, H, W) in [0, 1]; prompts: n strings; metadata: n dicts (from a .jsonl prompts
 file, else empty); scores: n finite numbers, higher is better. `build_reward` makes one of a spec:
 
-    clipscore                       a published one
-    clipscore:0.7,mine.py:sharp:0.3 a weighted sum of raw scores
+    clipscore                       a published one: clipscore, pickscore, hpsv2, imagereward
+    pickscore:0.7,mine.py:sharp:0.3 a weighted sum of raw scores
     mine.py:sharp                   the function `sharp` in the file mine.py
 
-CLIPScore here is the cosine of CLIP's image and text embeddings, on the scale the paper uses (not
-100 times it, not cut off at 0). With the tiny models it is a small CLIP trained on the tiny world
-to prefer each caption's picture over other pictures and over bent, blurred and noisy copies of it,
-so that it feels fine detail and not only the class of what is drawn.
+To try one on pictures:
+
+    python reward.py --reward clipscore --prompt "a red ring" IMAGE...
+
+The published rewards stand on transformers alone and are tested to give the scores of their own
+code (tests/originals.py), which they do because three things are the same:
+ 1. The picture. Theirs is a file's: 8 bits a channel, shrunk by Pillow, which rounds to 8 bits after
+    each of its two passes. `shrink` does exactly that with tensors, on their device. (HPSv2 alone
+    resizes in floating point.)
+ 2. The prompt: cleaned by ftfy for HPSv2, at most 77 tokens, for ImageReward 35.
+ 3. The weights, loaded strictly: no key may be missing or left over.
+
+With the tiny models clipscore is a small CLIP trained on the tiny world to prefer each caption's
+picture over other pictures and over bent, blurred and noisy copies of it, so that it feels fine
+detail and not only the class of what is drawn.
 """
 
+import argparse
+import html
 import importlib.util
 import re
+import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import AutoTokenizer, CLIPModel
+from huggingface_hub import model_info, snapshot_download
+from PIL import Image
+from torch import nn
+from transformers import (
+    AutoTokenizer,
+    BlipTextConfig,
+    BlipTextModel,
+    BlipVisionConfig,
+    BlipVisionModel,
+    CLIPConfig,
+    CLIPModel,
+)
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers.utils import logging as transformers_logging
 
 
 class RewardError(ValueError):
     """A reward that cannot be built, or whose scores cannot be used."""
 
 
-def clip_pixels(images, side):
-    """CLIP's preprocessing of images (n, 3, H, W) in [0, 1], on their device: shorter edge to
-    `side` (bicubic, antialiased), centre crop, normalisation."""
-    h, w = images.shape[-2:]
-    if min(h, w) != side:
-        h, w = round(h * side / min(h, w)), round(w * side / min(h, w))
-        images = F.interpolate(images, size=(h, w), mode="bicubic", antialias=True).clamp(0, 1)
-    top, left = (h - side) // 2, (w - side) // 2
-    images = images[..., top : top + side, left : left + side]
+# ---------------------------------------------------------------------------------------------
+# Preprocessing
+
+
+def pillow_bicubic(size, new_size):
+    """The matrix (new_size, size) float64 by which Pillow's bicubic filter resizes a line of
+    pixels, in its fixed point: integers, 2^22 for 1 (Pillow, Resample.c, precompute_coeffs)."""
+    scale = size / new_size
+    stretch = max(scale, 1.0)  # when it shrinks the filter widens: antialiasing
+    centre = (torch.arange(new_size, dtype=torch.float64)[:, None] + 0.5) * scale
+    pixel = torch.arange(size, dtype=torch.float64)
+    x = ((pixel + 0.5 - centre) / stretch).abs()
+    near, far = ((1.5 * x - 2.5) * x) * x + 1, (((x - 5) * x + 8) * x - 4) * -0.5
+    weight = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
+    first, last = centre - 2 * stretch + 0.5, centre + 2 * stretch + 0.5
+    weight = weight * ((pixel >= first.trunc()) & (pixel < last.trunc()))
+    weight = weight * (1 / weight.sum(dim=1, keepdim=True)) * 2**22
+    return (weight + 0.5 * weight.sign()).trunc()
+
+
+def shrink(images, side, centred):
+    """Shorter edge to `side` as Pillow does it, then the `side` x `side` in the middle.
+
+    images: (n, 3, H, W) of whole numbers 0 to 255. centred: the function that makes a whole number
+    of the half of what is too much, `int` or `round`. Only what is in the middle is computed.
+    """
+    shorter = min(images.shape[-2:])
+    lines = []
+    for size in images.shape[-2:]:
+        new_size = int(side * size / shorter)
+        start = centred((new_size - side) / 2)
+        lines.append(pillow_bicubic(size, new_size)[start : start + side].to(images.device))
+    for matrix in reversed(lines):  # along x, then y: Pillow's order (its 13th version may swap)
+        images = (matrix @ images.double().mT + 2**21).div(2**22).floor().clamp(0, 255)
+    return images
+
+
+def eight_bits(images):
+    """[0, 1] -> whole numbers 0 to 255, as in the file that a pipeline would have saved."""
+    return (255 * images).round()
+
+
+def normalized(images):
+    """[0, 1] -> CLIP's mean 0 and deviation 1, float32."""
     mean, std = (torch.tensor(c, device=images.device) for c in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
-    return (images - mean[:, None, None]) / std[:, None, None]
+    return (images.float() - mean[:, None, None]) / std[:, None, None]
+
+
+def clip_pixels(images, side, centred=int):
+    """CLIP's preprocessing of images (n, 3, H, W) in [0, 1]; the BLIP of ImageReward goes through
+    torchvision, which rounds when it centres."""
+    return normalized(shrink(eight_bits(images), side, centred) / 255)
+
+
+def square_pixels(images, side):
+    """HPSv2's preprocessing: longer edge to `side`, black bars to make it a square. Bicubic with
+    antialiasing, as its torchvision code does by default today (before torchvision 0.17 without),
+    and not cut off at 0 and 1."""
+    h, w = images.shape[-2:]
+    images = eight_bits(images) / 255
+    if max(h, w) != side:
+        h, w = (max(1, round(size * (side / max(h, w)))) for size in (h, w))
+        images = F.interpolate(images, size=(h, w), mode="bicubic", antialias=True)
+    left, top = (side - w) // 2, (side - h) // 2
+    return normalized(F.pad(images, (left, side - w - left, top, side - h - top)))
+
+
+# ---------------------------------------------------------------------------------------------
+# The published rewards. `files(hub_id, *patterns)` is the folder with a repository's files.
 
 
 class CLIPScore:
-    """Cosine of image and text embeddings of a CLIP (openai/clip-vit-large-patch14)."""
+    """Cosine of image and text embeddings: the paper's scale, not 100 times it, not cut off at 0."""
 
-    published = "openai/clip-vit-large-patch14"
+    weights = vocabulary = "openai/clip-vit-large-patch14"
 
-    def __init__(self, device, tiny):
-        folder = tiny / "clip" if tiny else self.published
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.clip = CLIPModel.from_pretrained(folder).to(device).eval().requires_grad_(False)
+    def __init__(self, device, files):
+        words = files(self.vocabulary, "*.json", "*.txt")
+        self.tokenizer = AutoTokenizer.from_pretrained(words)
+        self.clip = self.load(files).to(device).eval().requires_grad_(False)
+        self.side = self.clip.config.vision_config.image_size
+
+    def load(self, files):
+        folder = files(self.weights, "config.json", "model.safetensors")
+        clip, info = CLIPModel.from_pretrained(folder, output_loading_info=True)
+        _refuse_missing(info["missing_keys"])
+        return clip
+
+    def pixels(self, images):
+        return clip_pixels(images, self.side)
+
+    def clean(self, prompt):
+        return prompt
 
     @torch.no_grad()
     def __call__(self, images, prompts, metadata):
         unique = list(dict.fromkeys(prompts))
         tokens = self.tokenizer(
-            unique,
+            [self.clean(prompt) for prompt in unique],
             padding=True,
             truncation=True,
             max_length=self.clip.config.text_config.max_position_embeddings,
             return_tensors="pt",
         ).to(self.clip.device)
         text = self.clip.get_text_features(**tokens).pooler_output
-        side = self.clip.config.vision_config.image_size
-        pixels = clip_pixels(images.to(self.clip.device), side)
+        pixels = self.pixels(images.to(self.clip.device))
         image = self.clip.get_image_features(pixel_values=pixels).pooler_output
         rows = [unique.index(prompt) for prompt in prompts]
         return torch.cosine_similarity(image, text[rows], dim=-1)
 
 
-PUBLISHED = {"clipscore": CLIPScore}
+class PickScore(CLIPScore):
+    """CLIP-H fine-tuned on choices between pictures: logit scale times cosine, over 26, which
+    brings it near 1 (arXiv 2305.01569)."""
+
+    weights = "yuvalkirstain/PickScore_v1"
+    vocabulary = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+
+    def __call__(self, images, prompts, metadata):
+        return self.clip.logit_scale.exp() * super().__call__(images, prompts, metadata) / 26
 
 
-def build_reward(spec, device="cpu", tiny=False):
-    """A reward from its spec (see the top of this file).
+class HPSv2(CLIPScore):
+    """HPS v2.1 (arXiv 2306.09341): cosine of a CLIP-H fine-tuned on preferences, published in
+    open_clip's format, on whole pictures. In float32; its own code uses float16 on a GPU."""
 
-    tiny: False for the published weights, True for the tiny models' (pretrained if need be), or
-    the folder they are in. Returns callable(images, prompts, metadata=None) -> float32 (n,) on
-    the CPU. Raises RewardError on a bad spec, and later on scores that cannot be used.
+    weights, file = "xswu/HPSv2", "HPS_v2.1_compressed.pt"
+    vocabulary = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # and the sizes: the same network
+
+    def load(self, files):
+        clip = CLIPModel(CLIPConfig.from_pretrained(files(self.vocabulary, "*.json", "*.txt")))
+        saved = _load(files(self.weights, self.file) / self.file)["state_dict"]
+        clip.load_state_dict(from_open_clip(saved))
+        return clip
+
+    def pixels(self, images):
+        return square_pixels(images, self.side)
+
+    def clean(self, prompt):
+        import ftfy  # only here: a package of its own for one reward
+
+        return html.unescape(html.unescape(ftfy.fix_text(prompt))).strip()
+
+
+def from_open_clip(state):
+    """open_clip's names -> those of transformers' CLIPModel. Raises nothing: what it does not know
+    keeps its name, and strict loading refuses it."""
+    names = {
+        r"^visual\.conv1\.": "vision_model.embeddings.patch_embedding.",
+        r"^visual\.class_embedding": "vision_model.embeddings.class_embedding",
+        r"^visual\.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+        r"^visual\.ln_pre\.": "vision_model.pre_layrnorm.",
+        r"^visual\.ln_post\.": "vision_model.post_layernorm.",
+        r"^visual\.proj$": "visual_projection.weight",
+        r"^visual\.transformer\.": "vision_model.transformer.",
+        r"^token_embedding\.": "text_model.embeddings.token_embedding.",
+        r"^positional_embedding": "text_model.embeddings.position_embedding.weight",
+        r"^ln_final\.": "text_model.final_layer_norm.",
+        r"^text_projection$": "text_projection.weight",
+        r"^transformer\.": "text_model.transformer.",
+        r"\.transformer\.resblocks\.": ".encoder.layers.",
+        r"\.ln_([12])\.": r".layer_norm\1.",
+        r"\.attn\.out_proj\.": ".self_attn.out_proj.",
+        r"\.mlp\.c_fc\.": ".mlp.fc1.",
+        r"\.mlp\.c_proj\.": ".mlp.fc2.",
+    }
+    renamed = {}
+    for name, value in _renamed(state, names).items():
+        if ".attn.in_proj_" in name:  # q, k and v in one
+            for part, piece in zip("qkv", value.chunk(3)):
+                renamed[name.replace("attn.in_proj_", f"self_attn.{part}_proj.")] = piece
+        else:
+            renamed[name] = value.T if name.endswith("_projection.weight") else value
+    return renamed
+
+
+class ImageReward(nn.Module):
+    """ImageReward v1.0 (arXiv 2304.05977): BLIP's image encoder, a BERT that looks at it, and a
+    head of five linear layers on the first token, normalized to mean 0 and deviation 1."""
+
+    weights, file = "THUDM/ImageReward", "ImageReward.pt"
+    vocabulary = "google-bert/bert-base-uncased"
+    mean, std = 0.16717362830052426, 1.0333394966054072
+    eyes = dict(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=224,
+        patch_size=16,
+        layer_norm_eps=1e-6,
+    )
+    reader = dict(
+        vocab_size=30524,
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        max_position_embeddings=512,
+        layer_norm_eps=1e-12,
+    )
+    names = {  # its checkpoint's -> transformers'
+        r"^blip\.visual_encoder\.": "vision.",
+        r"^vision\.cls_token": "vision.embeddings.class_embedding",
+        r"^vision\.pos_embed": "vision.embeddings.position_embedding",
+        r"^vision\.patch_embed\.proj\.": "vision.embeddings.patch_embedding.",
+        r"^vision\.blocks\.": "vision.encoder.layers.",
+        r"^vision\.norm\.": "vision.post_layernorm.",
+        r"\.norm([12])\.": r".layer_norm\1.",
+        r"\.attn\.qkv\.": ".self_attn.qkv.",
+        r"\.attn\.proj\.": ".self_attn.projection.",
+        r"^blip\.text_encoder\.": "text.",
+        r"^mlp\.layers\.": "head.",
+    }
+    unused = r"blip\.(vision_proj|text_proj)\..*|blip\.text_encoder\.embeddings\.position_ids"
+
+    def __init__(self, device, files):
+        super().__init__()
+        words = files(self.vocabulary, "*.json", "vocab.txt")
+        self.tokenizer = AutoTokenizer.from_pretrained(words)
+        self.vision = BlipVisionModel(BlipVisionConfig(hidden_act="gelu", **self.eyes))
+        reader = BlipTextConfig(encoder_hidden_size=self.eyes["hidden_size"], **self.reader)
+        self.text = BlipTextModel(reader, add_pooling_layer=False)
+        sizes = (reader.hidden_size, 1024, 128, 64, 16, 1)
+        places = (0, 2, 4, 6, 7)  # between the first ones there was dropout
+        layers = [nn.Identity() for _ in range(8)]
+        for place, n, m in zip(places, sizes, sizes[1:]):
+            layers[place] = nn.Linear(n, m)
+        self.head = nn.Sequential(*layers)
+        state = _load(files(self.weights, self.file) / self.file)
+        state = {k: v for k, v in state.items() if not re.fullmatch(self.unused, k)}
+        self.load_state_dict(_renamed(state, self.names))
+        self.to(device).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, images, prompts, metadata):
+        device = self.head[0].weight.device
+        tokens = self.tokenizer(
+            prompts, padding="max_length", truncation=True, max_length=35, return_tensors="pt"
+        ).to(device)
+        pixels = clip_pixels(images.to(device), self.eyes["image_size"], centred=round)
+        seen = self.vision(pixel_values=pixels).last_hidden_state
+        read = self.text(
+            tokens.input_ids, tokens.attention_mask, encoder_hidden_states=seen
+        ).last_hidden_state
+        return (self.head(read[:, 0]).squeeze(-1) - self.mean) / self.std
+
+
+PUBLISHED = {
+    "clipscore": CLIPScore,
+    "pickscore": PickScore,
+    "hpsv2": HPSv2,
+    "imagereward": ImageReward,
+}
+
+
+def _renamed(state, names):
+    """The same tensors under names to which each of the patterns was applied in turn."""
+    renamed = {}
+    for name, value in state.items():
+        for pattern, new in names.items():
+            name = re.sub(pattern, new, name)
+        renamed[name] = value
+    return renamed
+
+
+def _load(path):
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+def _refuse_missing(keys):
+    if keys:
+        raise ValueError(f"its weights lack {sorted(keys)[0]}")
+
+
+def _folder_files(folder):
+    """`files` of a folder that holds repositories under their hub ids."""
+
+    def files(hub_id, *patterns):
+        path = Path(folder, hub_id)
+        if not path.is_dir():
+            raise RewardError(
+                f"--reward_weights {folder}: {path} is not there; "
+                f"hf download {hub_id} --local-dir {path}"
+            )
+        return path
+
+    return files
+
+
+def _hub_files(hub_id, *patterns):
+    """`files` of the hub, or of its cache on this machine where the hub cannot be reached."""
+    try:
+        model_info(hub_id, timeout=5)  # one question, where a download would ask for a minute
+        return Path(snapshot_download(hub_id, allow_patterns=patterns))
+    except Exception as error:  # of the network, and of several libraries
+        try:
+            return Path(snapshot_download(hub_id, allow_patterns=patterns, local_files_only=True))
+        except Exception:
+            raise RewardError(
+                f"{hub_id} cannot be fetched ({_line(error)}); "
+                f"without the hub give --reward_weights FOLDER with FOLDER/{hub_id}"
+            ) from error
+
+
+def _line(error):
+    """An error's text in one line; of a thousand wrong keys only the first few."""
+    line = " ".join(str(error).split()) or type(error).__name__
+    return line if len(line) < 300 else line[:300] + " ..."
+
+
+# ---------------------------------------------------------------------------------------------
+# One reward of a spec
+
+
+class Reward:
+    """A weighted sum of rewards. Called with images, prompts and, if there is any, metadata it
+    gives float32 (n,) on the CPU; `scores` gives the raw score of each part as well."""
+
+    def __init__(self, parts):
+        self.parts = parts  # (name, weight, function)
+        self.names = {name for name, *_ in parts}
+
+    def __call__(self, images, prompts, metadata=None):
+        return self.scores(images, prompts, metadata)["weighted_sum"]
+
+    def scores(self, images, prompts, metadata=None):
+        """{name of a part: its raw scores, "weighted_sum": theirs}, each float32 (n,) on the CPU.
+        Raises RewardError on images that are none and scores that cannot be used."""
+        _check_images(images, prompts)
+        metadata = metadata or [{} for _ in prompts]
+        found = {name: _scores(name, f, images, prompts, metadata) for name, _, f in self.parts}
+        return found | {"weighted_sum": sum(w * found[name] for name, w, _ in self.parts)}
+
+
+def build_reward(spec, device="cpu", tiny=False, weights=None, option="--reward"):
+    """A Reward from its spec (see the top of this file).
+
+    tiny: False for the published CLIP, True for the tiny models' (pretrained if need be), or the
+    folder it is in. weights: a folder with repositories under their hub ids, instead of the hub.
+    option: the name that errors call it by. Raises RewardError on a bad spec or unreadable weights, and later on scores that cannot be used.
     """
-    parts = read_spec(spec)
+    parts = read_spec(spec, option)
+    transformers_logging.disable_progress_bar()  # loading bars, over before they can be read
+    files = _folder_files(weights) if weights else _hub_files
+    made = []
+    for name, weight, function in parts:
+        if function is None:
+            own = name == "clipscore" and tiny
+            try:
+                function = PUBLISHED[name](device, _tiny_files(tiny) if own else files)
+            except Exception as error:  # they raise whatever a broken file makes them stumble over
+                raise RewardError(f"{option} {name}: cannot be loaded: {_line(error)}") from error
+        made.append((name, weight, function))
+    return Reward(made)
+
+
+def _tiny_files(tiny):
+    """`files` of the tiny CLIP."""
     if tiny is True:
         from tiny import ensure  # only here: the tiny world stands on rewards, not under them
 
         tiny = ensure()
-    folder = Path(tiny) if tiny else None
-    parts = [(name, w, f or PUBLISHED[name](device, folder)) for name, w, f in parts]
-
-    def reward(images, prompts, metadata=None):
-        metadata = metadata or [{} for _ in prompts]
-        return sum(w * _scores(name, f, images, prompts, metadata) for name, w, f in parts)
-
-    return reward
+    return lambda *_: Path(tiny) / "clip"
 
 
-def read_spec(spec):
+def read_spec(spec, option="--reward"):
     """A spec -> [(name, weight, the user's function, or None for a published reward)]. Loads no
     weights, so it can be called before any work is done. Raises RewardError."""
     parts = []
@@ -103,28 +430,46 @@ def read_spec(spec):
             weight = float(weight)
         else:
             name, weight = item.strip(), 1.0
-        parts.append((name, weight, None if name in PUBLISHED else _function(name)))
+        function = None if name in PUBLISHED else _function(name, option)
+        name = name.rpartition("/")[2]  # as it is logged
+        if name in [part[0] for part in parts]:
+            raise RewardError(f"{option} {spec!r}: {name} is in it twice")
+        if name == "hpsv2" and importlib.util.find_spec("ftfy") is None:
+            raise RewardError(f"{option} hpsv2: needs a package; pip install ftfy")
+        parts.append((name, weight, function))
     return parts
 
 
-def _function(name):
+def _function(name, option):
     path, _, function = name.rpartition(":")
     if not path.endswith(".py"):
         known = ", ".join(PUBLISHED)
-        raise RewardError(f"--reward {name!r}: not one of {known}, nor path/to/file.py:function")
+        raise RewardError(f"{option} {name!r}: not one of {known}, nor path/to/file.py:function")
     if not Path(path).is_file():
-        raise RewardError(f"--reward {name!r}: there is no file {path}")
+        raise RewardError(f"{option} {name!r}: there is no file {path}")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         raise RewardError(
-            f"--reward {name!r}: {path} fails to import: {type(error).__name__}: {error}"
+            f"{option} {name!r}: {path} fails to import: {type(error).__name__}: {error}"
         ) from error
     if not callable(getattr(module, function, None)):
-        raise RewardError(f"--reward {name!r}: {path} has no function {function}")
+        raise RewardError(f"{option} {name!r}: {path} has no function {function}")
     return getattr(module, function)
+
+
+def _check_images(images, prompts):
+    """The images of a batch are what rewards are promised, or a RewardError says which is not."""
+    if images.dim() != 4 or images.shape[:2] != (len(prompts), 3) or 0 in images.shape:
+        raise RewardError(f"{len(prompts)} images (3, H, W) to score, not {tuple(images.shape)}")
+    low, high = images.amin(dim=(1, 2, 3)), images.amax(dim=(1, 2, 3))
+    for i in (~((low >= 0) & (high <= 1))).nonzero()[:1, 0].tolist():  # nan compares as False
+        raise RewardError(
+            f"an image for prompt {prompts[i]!r} has pixels outside [0, 1] or NaN: "
+            f"{float(low[i])} to {float(high[i])}"
+        )
 
 
 def _scores(name, function, images, prompts, metadata):
@@ -141,3 +486,51 @@ def _scores(name, function, images, prompts, metadata):
         bad = prompts[int((~torch.isfinite(scores)).nonzero()[0])]
         raise RewardError(f"reward {name} returned NaN or infinity for prompt {bad!r}")
     return scores
+
+
+# ---------------------------------------------------------------------------------------------
+# python reward.py
+
+
+def read_image(path):
+    """A picture file -> float32 (1, 3, H, W) in [0, 1]. Raises RewardError."""
+    try:
+        pixels = np.asarray(Image.open(path).convert("RGB"))
+    except OSError as error:  # Pillow's for what is no picture is one too
+        raise RewardError(
+            f"{path}: {error.strerror or 'not a picture that can be read'}"
+        ) from error
+    return torch.tensor(pixels).permute(2, 0, 1)[None] / 255
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise RewardError(message)
+
+
+def main(argv=None):
+    """Print the scores of pictures; returns the exit code, 2 on bad input."""
+    parser = Parser(description="Score pictures.")
+    parser.add_argument("images", nargs="+", metavar="IMAGE")
+    parser.add_argument("--prompt", required=True, help="what they should show")
+    parser.add_argument("--reward", default="clipscore", help="see the top of reward.py")
+    parser.add_argument("--reward_weights", help="a folder of repositories instead of the hub")
+    parser.add_argument("--tiny", action="store_true", help="clipscore by the tiny models' CLIP")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        options = parser.parse_args(argv)
+        images = [read_image(path) for path in options.images]
+        reward = build_reward(options.reward, options.device, options.tiny, options.reward_weights)
+        scores = [reward.scores(image, [options.prompt]) for image in images]
+    except RewardError as error:
+        print(f"reward.py: error: {error}", file=sys.stderr)
+        return 2
+    names = list(scores[0]) if len(reward.parts) > 1 else [reward.parts[0][0]]
+    print("  ".join(f"{name:>12}" for name in names))
+    for path, found in zip(options.images, scores):
+        print("  ".join(f"{float(found[name]):12.4f}" for name in names), "", path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

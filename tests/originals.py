@@ -1,0 +1,271 @@
+"""What the published rewards' own code gives: makes tests/originals.json.
+
+The originals run with old packages, in a virtual environment of their own (Python 3.11):
+
+    pip install torch torchvision "transformers==4.30.2" "huggingface_hub<0.26" timm==0.6.13 \
+        fairscale==0.4.13 diffusers==0.16.0 datasets accelerate openai-clip "setuptools<80" \
+        open_clip_torch==2.24.0 "pillow<13" ftfy pandas clint webdataset
+    pip install --no-deps image-reward==1.5 hpsv2==1.2.0
+    python tests/originals.py              # small networks of the same architecture
+    python tests/originals.py --full DIR   # the published sizes: checkpoints and scores in DIR
+
+The networks have random weights that follow from a seed, so they need not be stored: `weights` of
+the same shapes gives them again. hpsv2's package lacks its vocabulary; open_clip's is the same.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+STORED = Path(__file__).with_suffix(".json")
+SIZES = [(40, 40), (32, 32), (48, 81), (91, 50), (2, 2), (37, 37), (20, 26)]  # height, width
+PROMPTS = [
+    "a small plain red ring at the top",
+    "",
+    "An astronaut’s “café” &amp; bar, it's 10:45 <br>",
+    "猫坐在窗台上，看雨。",
+    "Ёлка и кот ✨ في المدينة",
+    "a very long prompt about a house by the sea with " + "many, many windows and " * 40,
+]
+
+
+def images():
+    """One uint8 (h, w, 3) array for each of SIZES: noise, gradients, grey, what looks like a photo."""
+    draw, found = np.random.RandomState(7), []
+    for i, (h, w) in enumerate(SIZES):
+        y, x = np.mgrid[0:h, 0:w] / max(h, w)
+        if i % 4 == 0:  # noise
+            image = draw.rand(h, w, 3)
+        elif i % 4 == 1:  # gradients
+            image = np.stack([x, y, 1 - (x + y) / 2], axis=-1)
+        elif i % 4 == 2:  # soft blobs under a fine grain
+            image = 0.05 * draw.randn(h, w, 3) + 0.2
+            for _ in range(12):
+                cx, cy, r = draw.rand(3)
+                blob = np.exp(-((x - cx) ** 2 + (y - cy) ** 2) / (0.1 * r + 0.005))
+                image += 0.5 * blob[..., None] * draw.rand(3)
+        else:  # hard edges
+            image = ((8 * x).astype(int) + (8 * y).astype(int))[..., None] % 2 * draw.rand(3)
+        found.append((255 * image.clip(0, 1)).astype(np.uint8))
+    found[5][:] = 128  # grey
+    return found
+
+
+def weights(shapes, seed):
+    """{name: shape} -> {name: float32 array}, so that every parameter matters."""
+    draw, state = np.random.RandomState(seed), {}
+    for name, shape in sorted(shapes.items()):
+        values = draw.standard_normal(shape).astype(np.float32)
+        if name.endswith("position_ids"):
+            state[name] = np.arange(shape[-1])[None]
+        elif name == "logit_scale":
+            state[name] = np.float32(3 + 0.1 * values)
+        elif len(shape) < 2:
+            norm = name.endswith("weight")  # of a layer normalization
+            state[name] = (1.0 if norm else 0.0) + 0.2 * values
+        else:
+            fan = shape[-1] if len(shape) == 3 else np.prod(shape[1:])
+            state[name] = values * np.float32(1.5 * fan**-0.5)
+    return state
+
+
+def byte_pairs(merges):
+    """Lines of CLIP's byte pair file -> its tokens in their order, as open_clip numbers them."""
+    from open_clip.tokenizer import bytes_to_unicode
+
+    letters = list(bytes_to_unicode().values())
+    ends = ["<|startoftext|>", "<|endoftext|>"]
+    return letters + [c + "</w>" for c in letters] + [m.replace(" ", "") for m in merges] + ends
+
+
+def make(folder, full):
+    """Scores by the originals; also {checkpoint: its shapes}. With `full` the checkpoints go into
+    `folder`, named as on the hub."""
+    import gzip
+
+    import torch
+    from PIL import Image
+
+    declare_torchvision()
+    import hpsv2.src.open_clip as open_clip
+    import open_clip as current
+    import ImageReward.ImageReward  # which the package hides behind a class of that name
+    from ImageReward.models.BLIP.vit import VisionTransformer
+    from hpsv2.src.open_clip import factory, tokenizer
+    from hpsv2.src.open_clip.model import CLIP
+    from hpsv2.src.open_clip.transform import image_transform
+    from transformers import BertTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+    from transformers import CLIPTokenizerFast
+
+    image_reward = sys.modules["ImageReward.ImageReward"]
+    torch.set_grad_enabled(False)
+    pictures, shapes, scores = [Image.fromarray(x) for x in images()], {}, {}
+    hub = Path(folder)
+
+    def fill(model, name, seed):
+        shapes[name] = {k: list(v.shape) for k, v in model.state_dict().items()}
+        state = {k: torch.from_numpy(np.asarray(v)) for k, v in weights(shapes[name], seed).items()}
+        model.load_state_dict(state)
+        return model.eval()
+
+    def table(score):
+        return [[float(score(picture, prompt)) for prompt in PROMPTS] for picture in pictures]
+
+    # The vocabularies: of CLIP the first merges only, of BERT letters and a few words.
+    packed = Path(current.__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
+    lines = gzip.open(packed).read().decode().split("\n")[1 : 49152 - 256 - 2 + 1]
+    merges = lines if full else lines[:600]
+    short = hub / "merges.txt.gz"
+    with gzip.open(short, "wt", encoding="utf-8") as file:
+        file.write("\n".join(["version", *merges]))
+    simple = tokenizer.SimpleTokenizer(str(short))
+    clip_vocabulary = byte_pairs(merges)
+    tokenizer._tokenizer = simple
+    words = CLIPTokenizerFast.from_pretrained(clip_files(hub / "words", clip_vocabulary, merges))
+    letters = sorted(set("abcdefghijklmnopqrstuvwxyz0123456789猫坐窗看雨кот"))
+    bert_vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters]
+    bert_vocabulary += ["##" + c for c in letters] + ["red", "ring", "house", "windows", ",", "."]
+    (hub / "vocab.txt").write_text("\n".join(bert_vocabulary), encoding="utf-8")
+
+    # CLIPScore and PickScore (its repository's README): transformers' CLIP and processor.
+    n = len(clip_vocabulary)
+    small = dict(hidden_size=64, intermediate_size=256, num_attention_heads=4, num_hidden_layers=2)
+    eyes = dict(image_size=32, patch_size=8)
+    large = dict(
+        hidden_size=768, intermediate_size=3072, num_attention_heads=12, num_hidden_layers=12
+    )
+    huge = dict(
+        hidden_size=1024, intermediate_size=4096, num_attention_heads=16, num_hidden_layers=24
+    )
+    vision = {
+        "clipscore": large | huge | dict(image_size=224, patch_size=14),
+        "pickscore": dict(
+            hidden_size=1280,
+            intermediate_size=5120,
+            num_attention_heads=16,
+            num_hidden_layers=32,
+            image_size=224,
+            patch_size=14,
+        ),
+    }
+    text = {"clipscore": large, "pickscore": huge}
+    width = {"clipscore": 768, "pickscore": 1024}
+    for seed, (name, act) in enumerate({"clipscore": "quick_gelu", "pickscore": "gelu"}.items()):
+        config = CLIPConfig(
+            text_config=(text[name] if full else small) | dict(vocab_size=n, hidden_act=act),
+            vision_config=(vision[name] if full else small | eyes) | dict(hidden_act=act),
+            projection_dim=width[name] if full else 48,
+        )
+        clip = fill(CLIPModel(config), name, seed)
+        side = config.vision_config.image_size
+        cut = dict(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+        processor = CLIPProcessor(CLIPImageProcessor(**cut), words)
+        if full:
+            clip.save_pretrained(hub / HUB[name], safe_serialization=True)
+
+        def score(picture, prompt):
+            options = dict(padding=True, truncation=True, max_length=77, return_tensors="pt")
+            image = clip.get_image_features(**processor(images=picture, return_tensors="pt"))
+            said = clip.get_text_features(**processor.tokenizer(prompt, **options))
+            image = image / torch.norm(image, dim=-1, keepdim=True)
+            said = said / torch.norm(said, dim=-1, keepdim=True)
+            product = (said @ image.T)[0, 0]
+            return product if name == "clipscore" else clip.logit_scale.exp() * product
+
+        scores[name] = table(score)
+        del clip
+
+    # HPSv2 (hpsv2/img_score.py), with the transform that its `light_augmentation` gives.
+    config = factory.get_model_config("ViT-H-14")
+    if not full:
+        eyes = dict(image_size=32, layers=2, width=64, head_width=16, patch_size=8)
+        said = dict(context_length=77, vocab_size=n, width=64, heads=4, layers=2)
+        config = dict(embed_dim=48, vision_cfg=eyes, text_cfg=said)
+    clip = fill(CLIP(**config, output_dict=True), "hpsv2", 2)
+    transform = image_transform(
+        config["vision_cfg"]["image_size"], is_train=False, resize_longest_max=True
+    )
+    if full:
+        (hub / "xswu/HPSv2").mkdir(parents=True)
+        saved = {"epoch": 1, "state_dict": clip.state_dict()}
+        torch.save(saved, hub / "xswu/HPSv2/HPS_v2.1_compressed.pt")
+
+    def score(picture, prompt):
+        out = clip(transform(picture)[None], open_clip.tokenize([prompt]))
+        return torch.diagonal(out["image_features"] @ out["text_features"].T)[0]
+
+    scores["hpsv2"] = table(score)
+    del clip
+
+    # ImageReward, whose constructor asks the hub for BERT's vocabulary.
+    import ImageReward.models.BLIP.blip_pretrain as blip_pretrain
+
+    blip_pretrain.init_tokenizer = lambda: BertTokenizer(str(hub / "vocab.txt"))
+    med = dict(vocab_size=30524, hidden_size=768, intermediate_size=3072, num_hidden_layers=12)
+    med |= dict(num_attention_heads=12, max_position_embeddings=512, layer_norm_eps=1e-12)
+    med |= dict(hidden_act="gelu", pad_token_id=0, add_cross_attention=True, encoder_width=768)
+    if not full:
+        med |= dict(vocab_size=len(bert_vocabulary) + 2, hidden_size=64, intermediate_size=128)
+        med |= dict(num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)
+    (hub / "med_config.json").write_text(json.dumps(med))
+    if not full:
+        shape = dict(img_size=32, patch_size=8, embed_dim=96, depth=2, num_heads=4)
+        blip_pretrain.create_vit = lambda *_: (VisionTransformer(**shape), 96)
+        image_reward.MLP = lambda _, made=image_reward.MLP: made(64)
+    model = image_reward.ImageReward(str(hub / "med_config.json"))
+    fill(model, "imagereward", 3)
+    model.preprocess = image_reward._transform(224 if full else 32)
+    if full:
+        (hub / "THUDM/ImageReward").mkdir(parents=True)
+        torch.save(model.state_dict(), hub / "THUDM/ImageReward/ImageReward.pt")
+    scores["imagereward"] = table(lambda picture, prompt: model.score(prompt, picture))
+    return {
+        "scores": scores,
+        "shapes": shapes,
+        "clip_merges": merges,
+        "clip_vocabulary": clip_vocabulary,
+        "bert_vocabulary": bert_vocabulary,
+    }
+
+
+HUB = {"clipscore": "openai/clip-vit-large-patch14", "pickscore": "yuvalkirstain/PickScore_v1"}
+
+
+def clip_files(folder, vocabulary, merges):
+    """Write a CLIP tokenizer as transformers reads it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    numbered = {token: i for i, token in enumerate(vocabulary)}
+    (folder / "vocab.json").write_text(json.dumps(numbered), encoding="utf-8")
+    lines = "\n".join(["#version: 0.2", *merges])
+    (folder / "merges.txt").write_text(lines, encoding="utf-8")
+    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def declare_torchvision():
+    """torchvision built for another torch does not find its operators and then does not import.
+    No operator is needed here, only transforms: declare their names."""
+    import torch
+
+    library = torch.library.Library("torchvision", "DEF")
+    for name in (
+        "nms qnms roi_align _roi_align_backward qroi_align ps_roi_align _ps_roi_align_backward "
+        "roi_pool _roi_pool_backward ps_roi_pool _ps_roi_pool_backward deform_conv2d "
+        "_deform_conv2d_backward"
+    ).split():
+        library.define(f"{name}(Tensor x) -> Tensor")
+    declare_torchvision.kept = library
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    if sys.argv[1:2] == ["--full"]:
+        Path(sys.argv[2]).mkdir()
+        (Path(sys.argv[2]) / "originals.json").write_text(json.dumps(make(sys.argv[2], True)))
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            STORED.write_text(json.dumps(make(folder, False), ensure_ascii=False))
