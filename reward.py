@@ -13,9 +13,9 @@ To try one on pictures:
 
 The published rewards stand on transformers alone and are tested to give the scores of their own
 code (tests/originals.py), which they do because three things are the same:
- 1. The picture. Theirs is a file's: 8 bits a channel, shrunk by Pillow, which rounds to 8 bits after
-    each of its two passes. `shrink` does exactly that with tensors, on their device. (HPSv2 alone
-    resizes in floating point.)
+ 1. The picture. Theirs is a file's: 8 bits a channel, resized by Pillow, which rounds to 8 bits
+    after each of its two passes. `shrink` does exactly that with tensors, on their device. (HPSv2
+    alone resizes in floating point.)
  2. The prompt: cleaned by ftfy for HPSv2, at most 77 tokens, for ImageReward 35.
  3. The weights, loaded strictly: no key may be missing or left over.
 
@@ -126,7 +126,7 @@ def square_pixels(images, side):
 
 
 class CLIPScore:
-    """Cosine of image and text embeddings: the paper's scale, not 100 times it, not cut off at 0."""
+    """Cosine of image and text embeddings: the paper's scale, not 100 times it nor cut off at 0."""
 
     weights = vocabulary = "openai/clip-vit-large-patch14"
 
@@ -394,7 +394,8 @@ def build_reward(spec, device="cpu", tiny=False, weights=None, option="--reward"
 
     tiny: False for the published CLIP, True for the tiny models' (pretrained if need be), or the
     folder it is in. weights: a folder with repositories under their hub ids, instead of the hub.
-    option: the name that errors call it by. Raises RewardError on a bad spec or unreadable weights, and later on scores that cannot be used.
+    option: the name that errors call it by. Raises RewardError on a bad spec or unreadable weights,
+    and later on scores that cannot be used.
     """
     parts = read_spec(spec, option)
     transformers_logging.disable_progress_bar()  # loading bars, over before they can be read
@@ -428,6 +429,8 @@ def read_spec(spec, option="--reward"):
         name, _, weight = item.strip().rpartition(":")
         if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", weight):
             weight = float(weight)
+            if weight in (0, float("inf"), -float("inf")):
+                raise RewardError(f"{option} {item}: a weight must be a finite number, not 0")
         else:
             name, weight = item.strip(), 1.0
         function = None if name in PUBLISHED else _function(name, option)

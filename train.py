@@ -329,7 +329,7 @@ class Run:
         return order[step % in_pass * P :][:P].tolist()
 
     def score(self, images, prompts, rows, evaluation=False):
-        """Scores {reward: (n,)} of images of the given rows; in evaluation of --eval_rewards too."""
+        """Scores {reward: (n,)} of images of these rows; in evaluation of --eval_rewards too."""
         said = [prompts.prompts[i] for i in rows], [prompts.metadata[i] for i in rows]
         with self.clock("reward"):
             scores = self.reward.scores(images, *said)

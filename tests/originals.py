@@ -32,7 +32,7 @@ PROMPTS = [
 
 
 def images():
-    """One uint8 (h, w, 3) array for each of SIZES: noise, gradients, grey, what looks like a photo."""
+    """A uint8 (h, w, 3) array for each of SIZES: noise, gradients, grey, what resembles a photo."""
     draw, found = np.random.RandomState(7), []
     for i, (h, w) in enumerate(SIZES):
         y, x = np.mgrid[0:h, 0:w] / max(h, w)
@@ -80,8 +80,11 @@ def byte_pairs(merges):
     return letters + [c + "</w>" for c in letters] + [m.replace(" ", "") for m in merges] + ends
 
 
+HUB = {"clipscore": "openai/clip-vit-large-patch14", "pickscore": "yuvalkirstain/PickScore_v1"}
+
+
 def make(folder, full):
-    """Scores by the originals; also {checkpoint: its shapes}. With `full` the checkpoints go into
+    """All that is stored. With `full` in the published sizes; their checkpoints then go into
     `folder`, named as on the hub."""
     import gzip
 
@@ -89,20 +92,11 @@ def make(folder, full):
     from PIL import Image
 
     declare_torchvision()
-    import hpsv2.src.open_clip as open_clip
-    import open_clip as current
-    import ImageReward.ImageReward  # which the package hides behind a class of that name
-    from ImageReward.models.BLIP.vit import VisionTransformer
-    from hpsv2.src.open_clip import factory, tokenizer
-    from hpsv2.src.open_clip.model import CLIP
-    from hpsv2.src.open_clip.transform import image_transform
-    from transformers import BertTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
-    from transformers import CLIPTokenizerFast
+    import open_clip
+    from hpsv2.src.open_clip import tokenizer
 
-    image_reward = sys.modules["ImageReward.ImageReward"]
     torch.set_grad_enabled(False)
-    pictures, shapes, scores = [Image.fromarray(x) for x in images()], {}, {}
-    hub = Path(folder)
+    pictures, shapes, hub = [Image.fromarray(x) for x in images()], {}, Path(folder)
 
     def fill(model, name, seed):
         shapes[name] = {k: list(v.shape) for k, v in model.state_dict().items()}
@@ -113,124 +107,130 @@ def make(folder, full):
     def table(score):
         return [[float(score(picture, prompt)) for prompt in PROMPTS] for picture in pictures]
 
-    # The vocabularies: of CLIP the first merges only, of BERT letters and a few words.
-    packed = Path(current.__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
-    lines = gzip.open(packed).read().decode().split("\n")[1 : 49152 - 256 - 2 + 1]
-    merges = lines if full else lines[:600]
-    short = hub / "merges.txt.gz"
-    with gzip.open(short, "wt", encoding="utf-8") as file:
+    # The vocabularies: of CLIP only the first merges, of BERT letters and a few words.
+    packed = Path(open_clip.__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
+    merges = gzip.open(packed).read().decode().split("\n")[1 : 49152 - 256 - 2 + 1]
+    merges = merges if full else merges[:600]
+    with gzip.open(hub / "merges.txt.gz", "wt", encoding="utf-8") as file:
         file.write("\n".join(["version", *merges]))
-    simple = tokenizer.SimpleTokenizer(str(short))
-    clip_vocabulary = byte_pairs(merges)
-    tokenizer._tokenizer = simple
-    words = CLIPTokenizerFast.from_pretrained(clip_files(hub / "words", clip_vocabulary, merges))
+    tokenizer._tokenizer = tokenizer.SimpleTokenizer(str(hub / "merges.txt.gz"))
+    vocabulary = byte_pairs(merges)
+    clip_files(hub / "words", vocabulary, merges)
     letters = sorted(set("abcdefghijklmnopqrstuvwxyz0123456789猫坐窗看雨кот"))
-    bert_vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters]
-    bert_vocabulary += ["##" + c for c in letters] + ["red", "ring", "house", "windows", ",", "."]
-    (hub / "vocab.txt").write_text("\n".join(bert_vocabulary), encoding="utf-8")
+    bert = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters]
+    bert += ["##" + c for c in letters] + ["red", "ring", "house", "windows", ",", "."]
+    (hub / "vocab.txt").write_text("\n".join(bert), encoding="utf-8")
 
-    # CLIPScore and PickScore (its repository's README): transformers' CLIP and processor.
-    n = len(clip_vocabulary)
-    small = dict(hidden_size=64, intermediate_size=256, num_attention_heads=4, num_hidden_layers=2)
-    eyes = dict(image_size=32, patch_size=8)
-    large = dict(
-        hidden_size=768, intermediate_size=3072, num_attention_heads=12, num_hidden_layers=12
-    )
-    huge = dict(
-        hidden_size=1024, intermediate_size=4096, num_attention_heads=16, num_hidden_layers=24
-    )
-    vision = {
-        "clipscore": large | huge | dict(image_size=224, patch_size=14),
-        "pickscore": dict(
-            hidden_size=1280,
-            intermediate_size=5120,
-            num_attention_heads=16,
-            num_hidden_layers=32,
-            image_size=224,
-            patch_size=14,
-        ),
+    tools = dict(fill=fill, table=table, hub=hub, full=full)
+    scores = {
+        "clipscore": clip("clipscore", "quick_gelu", len(vocabulary), **tools),
+        "pickscore": clip("pickscore", "gelu", len(vocabulary), **tools),
+        "hpsv2": hpsv2(len(vocabulary), **tools),
+        "imagereward": imagereward(len(bert), **tools),
     }
-    text = {"clipscore": large, "pickscore": huge}
-    width = {"clipscore": 768, "pickscore": 1024}
-    for seed, (name, act) in enumerate({"clipscore": "quick_gelu", "pickscore": "gelu"}.items()):
-        config = CLIPConfig(
-            text_config=(text[name] if full else small) | dict(vocab_size=n, hidden_act=act),
-            vision_config=(vision[name] if full else small | eyes) | dict(hidden_act=act),
-            projection_dim=width[name] if full else 48,
-        )
-        clip = fill(CLIPModel(config), name, seed)
-        side = config.vision_config.image_size
-        cut = dict(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
-        processor = CLIPProcessor(CLIPImageProcessor(**cut), words)
-        if full:
-            clip.save_pretrained(hub / HUB[name], safe_serialization=True)
+    stored = {"scores": scores, "shapes": shapes, "clip_merges": merges}
+    return stored | {"clip_vocabulary": vocabulary, "bert_vocabulary": bert}
 
-        def score(picture, prompt):
-            options = dict(padding=True, truncation=True, max_length=77, return_tensors="pt")
-            image = clip.get_image_features(**processor(images=picture, return_tensors="pt"))
-            said = clip.get_text_features(**processor.tokenizer(prompt, **options))
-            image = image / torch.norm(image, dim=-1, keepdim=True)
-            said = said / torch.norm(said, dim=-1, keepdim=True)
-            product = (said @ image.T)[0, 0]
-            return product if name == "clipscore" else clip.logit_scale.exp() * product
 
-        scores[name] = table(score)
-        del clip
+def clip(name, act, words, fill, table, hub, full):
+    """CLIPScore, and PickScore as its repository's README computes it."""
+    import torch
+    from transformers import (
+        CLIPConfig,
+        CLIPImageProcessor,
+        CLIPModel,
+        CLIPProcessor,
+        CLIPTokenizerFast,
+    )
 
-    # HPSv2 (hpsv2/img_score.py), with the transform that its `light_augmentation` gives.
+    def size(width, layers, heads):
+        shape = dict(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers)
+        return shape | dict(num_attention_heads=heads, hidden_act=act)
+
+    text, vision, side, patch, out = size(64, 2, 4), size(64, 2, 4), 32, 8, 48
+    if full and name == "clipscore":
+        text, vision, side, patch, out = size(768, 12, 12), size(1024, 24, 16), 224, 14, 768
+    elif full:
+        text, vision, side, patch, out = size(1024, 24, 16), size(1280, 32, 16), 224, 14, 1024
+    config = CLIPConfig(
+        text_config=text | dict(vocab_size=words),
+        vision_config=vision | dict(image_size=side, patch_size=patch),
+        projection_dim=out,
+    )
+    model = fill(CLIPModel(config), name, list(HUB).index(name))
+    cut = dict(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    tokenizer = CLIPTokenizerFast.from_pretrained(hub / "words")
+    processor = CLIPProcessor(CLIPImageProcessor(**cut), tokenizer)
+    if full:
+        model.save_pretrained(hub / HUB[name], safe_serialization=True)
+
+    def score(picture, prompt):
+        options = dict(padding=True, truncation=True, max_length=77, return_tensors="pt")
+        image = model.get_image_features(**processor(images=picture, return_tensors="pt"))
+        text = model.get_text_features(**tokenizer(prompt, **options))
+        image = image / torch.norm(image, dim=-1, keepdim=True)
+        text = text / torch.norm(text, dim=-1, keepdim=True)
+        product = (text @ image.T)[0, 0]
+        return product if name == "clipscore" else model.logit_scale.exp() * product
+
+    return table(score)
+
+
+def hpsv2(words, fill, table, hub, full):
+    """hpsv2/img_score.py, with the transform that its `light_augmentation` gives."""
+    import torch
+    from hpsv2.src import open_clip
+    from hpsv2.src.open_clip import factory
+    from hpsv2.src.open_clip.model import CLIP
+    from hpsv2.src.open_clip.transform import image_transform
+
     config = factory.get_model_config("ViT-H-14")
     if not full:
-        eyes = dict(image_size=32, layers=2, width=64, head_width=16, patch_size=8)
-        said = dict(context_length=77, vocab_size=n, width=64, heads=4, layers=2)
-        config = dict(embed_dim=48, vision_cfg=eyes, text_cfg=said)
-    clip = fill(CLIP(**config, output_dict=True), "hpsv2", 2)
-    transform = image_transform(
-        config["vision_cfg"]["image_size"], is_train=False, resize_longest_max=True
-    )
+        vision = dict(image_size=32, layers=2, width=64, head_width=16, patch_size=8)
+        text = dict(context_length=77, vocab_size=words, width=64, heads=4, layers=2)
+        config = dict(embed_dim=48, vision_cfg=vision, text_cfg=text)
+    model = fill(CLIP(**config, output_dict=True), "hpsv2", 2)
+    side = config["vision_cfg"]["image_size"]
+    transform = image_transform(side, is_train=False, resize_longest_max=True)
     if full:
         (hub / "xswu/HPSv2").mkdir(parents=True)
-        saved = {"epoch": 1, "state_dict": clip.state_dict()}
+        saved = {"epoch": 1, "state_dict": model.state_dict()}
         torch.save(saved, hub / "xswu/HPSv2/HPS_v2.1_compressed.pt")
 
     def score(picture, prompt):
-        out = clip(transform(picture)[None], open_clip.tokenize([prompt]))
+        out = model(transform(picture)[None], open_clip.tokenize([prompt]))
         return torch.diagonal(out["image_features"] @ out["text_features"].T)[0]
 
-    scores["hpsv2"] = table(score)
-    del clip
+    return table(score)
 
-    # ImageReward, whose constructor asks the hub for BERT's vocabulary.
-    import ImageReward.models.BLIP.blip_pretrain as blip_pretrain
 
+def imagereward(words, fill, table, hub, full):
+    """ImageReward.score; its constructor would ask the hub for BERT's vocabulary."""
+    import importlib
+
+    import torch
+    from ImageReward.models.BLIP import blip_pretrain
+    from ImageReward.models.BLIP.vit import VisionTransformer
+    from transformers import BertTokenizer
+
+    package = importlib.import_module("ImageReward.ImageReward")  # hidden by a class of that name
     blip_pretrain.init_tokenizer = lambda: BertTokenizer(str(hub / "vocab.txt"))
     med = dict(vocab_size=30524, hidden_size=768, intermediate_size=3072, num_hidden_layers=12)
     med |= dict(num_attention_heads=12, max_position_embeddings=512, layer_norm_eps=1e-12)
     med |= dict(hidden_act="gelu", pad_token_id=0, add_cross_attention=True, encoder_width=768)
     if not full:
-        med |= dict(vocab_size=len(bert_vocabulary) + 2, hidden_size=64, intermediate_size=128)
+        med |= dict(vocab_size=words + 2, hidden_size=64, intermediate_size=128)
         med |= dict(num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)
-    (hub / "med_config.json").write_text(json.dumps(med))
-    if not full:
         shape = dict(img_size=32, patch_size=8, embed_dim=96, depth=2, num_heads=4)
         blip_pretrain.create_vit = lambda *_: (VisionTransformer(**shape), 96)
-        image_reward.MLP = lambda _, made=image_reward.MLP: made(64)
-    model = image_reward.ImageReward(str(hub / "med_config.json"))
-    fill(model, "imagereward", 3)
-    model.preprocess = image_reward._transform(224 if full else 32)
+        package.MLP = lambda _, made=package.MLP: made(64)
+    (hub / "med_config.json").write_text(json.dumps(med))
+    model = fill(package.ImageReward(str(hub / "med_config.json")), "imagereward", 3)
+    model.preprocess = package._transform(224 if full else 32)
     if full:
         (hub / "THUDM/ImageReward").mkdir(parents=True)
         torch.save(model.state_dict(), hub / "THUDM/ImageReward/ImageReward.pt")
-    scores["imagereward"] = table(lambda picture, prompt: model.score(prompt, picture))
-    return {
-        "scores": scores,
-        "shapes": shapes,
-        "clip_merges": merges,
-        "clip_vocabulary": clip_vocabulary,
-        "bert_vocabulary": bert_vocabulary,
-    }
-
-
-HUB = {"clipscore": "openai/clip-vit-large-patch14", "pickscore": "yuvalkirstain/PickScore_v1"}
+    return table(lambda picture, prompt: model.score(prompt, picture))
 
 
 def clip_files(folder, vocabulary, merges):

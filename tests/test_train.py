@@ -283,7 +283,7 @@ def test_lora_adapts_the_attention_layers_of_the_paper(name, adapted, world):
         ("--reward REWARD.py:short", "shape"),
         ("--reward REWARD.py:nan", "NaN"),
         ("--reward clipscore,clipscore:2", "twice"),
-        ("--reward clipscore:1e999", "clipscore"),
+        ("--reward clipscore:1e999", "finite"),
         ("--reward pickscore --reward_weights TAKEN", "hf download"),
         ("--eval_rewards nothing", "--eval_rewards"),
         ("--eval_rewards clipscore", "trained on"),
