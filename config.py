@@ -51,12 +51,16 @@ class Config:
     family: str = option("sol_rl", "rollout family", tuple(FAMILIES))
     pretrained: str = option("", "a diffusers folder or hub id; alone: the published checkpoint")
     reward: str = option("clipscore", "NAME, NAME:WEIGHT,NAME:WEIGHT or path/to/file.py:function")
-    eval_rewards: str = option("", "the like, only measured: rewards that are not trained on")
+    eval_rewards: str = option(
+        "", "rewards like --reward that are only measured, on held-out prompts"
+    )
     reward_weights: str = option("", "folder with the rewards' repositories instead of the hub")
     prompts: str = option("", "file with a prompt a line, or .jsonl with 'prompt' and metadata")
-    eval_prompts: str = option("", "the like to evaluate on; default: every tenth of --prompts")
+    eval_prompts: str = option(
+        "", "prompts file to evaluate on; else every tenth of --prompts is held out, at most 64"
+    )
     resolution: int = option(None, "side of the images in pixels")
-    solver: str = option(None, "of the sampling ODE", models.SOLVERS)
+    solver: str = option(None, "solver of the sampling ODE", models.SOLVERS)
     steps: int = option(300, "iterations, one optimizer step each")
     prompts_per_step: int = option(48, "P, prompts an iteration")
     pool: int = option(96, "N, candidates explored for a prompt")
@@ -71,14 +75,14 @@ class Config:
     eval_images: int = option(2, "images for each held-out prompt")
     micro_batch: int = option(24, "images drawn or trained on at once")
     gradient_checkpointing: bool = option(True, "less memory and more time in the update")
-    learning_rate: float = option(3e-4, "AdamW's")
+    learning_rate: float = option(3e-4, "of AdamW")
     max_grad_norm: float = option(1.0, "gradient clip")
     lora_rank: int = option(32, "LoRA rank; alpha is twice it")
     timestep_fraction: float = option(0.6, "share of the sampling times trained per sample")
     nft_beta: float = option(1.0, "policy mix of the loss")
     kl: float = option(1e-4, "weight of the KL term against the base model")
     adv_clip: float = option(5.0, "advantages are clipped to +- this")
-    ema_decay: float = option(0.9, "of the policy that is evaluated and saved")
+    ema_decay: float = option(0.9, "decay of the EMA policy, which is evaluated and saved")
     seed: int = option(0, "run seed")
     output_dir: str = option("", "the run's folder; default runs/<model>_<family>_<time>")
     resume: str = option("", "a run's folder to continue from its last checkpoint")
@@ -153,7 +157,7 @@ def command(config):
     for name, value in options.items():
         if isinstance(value, bool):
             words.append(f"--{name}" if value else f"--no-{name}")
-        elif name not in ("model", "resume", "device"):
+        elif name not in ("model", "resume", "device", "output_dir"):
             words.append(f"--{name} {shlex.quote(str(value))}")
     return " ".join(["python train.py", *words])
 
@@ -197,15 +201,22 @@ def _check(c):
         raise OptionError(f"--timestep_fraction {c.timestep_fraction}: must be at most 1")
     if not 0 <= c.ema_decay < 1 or not 0 <= c.kl < float("inf"):
         raise OptionError(f"--ema_decay {c.ema_decay} must be in [0, 1), --kl {c.kl} at least 0")
-    if c.seed < 0 or c.min_dim < 0:
-        raise OptionError(f"--seed {c.seed} and --min_dim {c.min_dim}: must be at least 0")
+    if not 0 <= c.seed < 2**63 or c.min_dim < 0:
+        raise OptionError(f"--seed {c.seed}, --min_dim {c.min_dim}: must be in 0 to 2^63 - 1")
     if c.pretrained and not c.prompts:
         raise OptionError(
             "--pretrained needs --prompts FILE: the built-in ones are the tiny world's"
         )
+    if not c.pretrained:
+        import tiny
+
+        if c.model not in tiny.PARTS:
+            raise OptionError(f"--model {c.model}: there is no tiny one of it; give --pretrained")
     if c.device == "auto":
         c.device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
+        if torch.device(c.device).type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError
         torch.empty(1, device=c.device)
     except (RuntimeError, AssertionError) as error:
         raise OptionError(f"--device {c.device}: not on this machine; try --device cpu") from error
@@ -264,16 +275,16 @@ class Prompts:
 def split_prompts(config):
     """(training Prompts, held-out Prompts, what there is to say about them).
 
-    The tiny world's own, or a file's: of that every tenth prompt is held out unless --eval_prompts
-    is given, and a file of one prompt serves as both. Raises OptionError, also where a step needs
-    more training prompts than there are.
+    The tiny world's own, or a file's: of that every tenth prompt, at most about 64, is held out
+    unless --eval_prompts is given, and a file of one prompt serves as both. Raises OptionError,
+    also where a step needs more training prompts than there are.
     """
     if config.prompts:
         prompts, metadata, notes = read_prompts(config.prompts)
         train = Prompts(prompts, metadata)
         distinct = list(dict.fromkeys(prompts))
         if not config.eval_prompts and len(distinct) > 1:
-            out = set(distinct[::10])
+            out = set(distinct[:: max(10, -(-len(distinct) // 64))])
             rows = [(p, m) for p, m in zip(prompts, metadata) if p in out]
             held_out = Prompts(*map(list, zip(*rows)))
             rows = [(p, m) for p, m in zip(prompts, metadata) if p not in out]

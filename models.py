@@ -48,6 +48,7 @@ from transformers.utils import logging as transformers_logging
 import quant
 
 SOLVERS = ("euler", "dpm")
+PIXELS_AT_ONCE = 2**21  # that are decoded: two images of 1024 x 1024
 
 
 class ModelError(ValueError):
@@ -92,7 +93,11 @@ class Model:
         if resolution < self.multiple or resolution % self.multiple:
             raise ModelError(f"--resolution {resolution}: must be a multiple of {self.multiple}")
         side = resolution // pipe.vae_scale_factor
-        self.latent_shape = (pipe.vae.config.latent_channels, side, side)
+        self.latent_shape = (self.latent_channels, side, side)
+
+    @property
+    def latent_channels(self):
+        return self.vae.config.latent_channels
 
     @property
     def patch(self):
@@ -116,9 +121,11 @@ class Model:
         """A list of n prompts -> Text on the CPU, as the pipeline encodes them by default."""
         spoken = diffusers_logging.get_verbosity()
         diffusers_logging.set_verbosity_error()  # `cut_off` tells of long prompts, in a line
-        parts = [self.encode_some(prompts[i : i + 32]) for i in range(0, len(prompts), 32)]
+        parts = [
+            self.encode_some(prompts[i : i + 32]).to("cpu") for i in range(0, len(prompts), 32)
+        ]
         diffusers_logging.set_verbosity(spoken)
-        return Text(*(None if p[0] is None else torch.cat(p).cpu() for p in zip(*parts)))
+        return Text(*(None if p[0] is None else torch.cat(p) for p in zip(*parts)))
 
     def scheduler(self, steps):
         """diffusers' scheduler for `solver` with the shift of the family's own, timesteps set."""
@@ -142,7 +149,7 @@ class Model:
         config = self.vae.config
         z = latents.to(self.vae.dtype) / config.scaling_factor + (config.get("shift_factor") or 0)
         pixels = (z.shape[-1] * self.pipe.vae_scale_factor) ** 2
-        slices = z.split(max(1, 2**21 // pixels))  # two images of 1024 x 1024
+        slices = z.split(max(1, PIXELS_AT_ONCE // pixels))
         images = torch.cat([self.vae.decode(part, return_dict=False)[0].float() for part in slices])
         return (images / 2 + 0.5).clamp(0, 1)
 
@@ -238,13 +245,14 @@ class Flux(Model):
         return FluxPipeline._unpack_latents(v, h * scale, w * scale, scale)
 
     def set_timesteps(self, scheduler, steps):
-        """The shift grows with the number of image tokens."""
-        config = self.pipe.scheduler.config
+        """The shift grows with the number of image tokens, but for FLUX.1-schnell."""
+        config, mu = self.pipe.scheduler.config, {}
         tokens = (self.latent_shape[1] // 2) ** 2
         names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-        mu = calculate_shift(tokens, *(config[name] for name in names))
+        if config.use_dynamic_shifting:
+            mu = {"mu": calculate_shift(tokens, *(config[name] for name in names))}
         sigmas = {"sigmas": np.linspace(1, 1 / steps, steps)} if self.solver == "euler" else {}
-        scheduler.set_timesteps(steps, mu=mu, **sigmas)
+        scheduler.set_timesteps(steps, **mu, **sigmas)
 
 
 class SD3(Model):
@@ -307,7 +315,10 @@ def load(name, folder, resolution, solver=None, device="cpu", dtype=torch.bfloat
     index = check_pretrained(name, folder)
     diffusers_logging.disable_progress_bar()  # loading bars, over before they can be read
     transformers_logging.disable_progress_bar()
-    how = dict(dtype=dtype, variant=family.variant if folder == family.published else None)
+    # Published SANA text encoders are there as a variant only, on the hub and in copies of it.
+    copied = any(Path(folder).glob(f"*/*.{family.variant}*.safetensors"))
+    variant = family.variant if copied or folder == family.published else None
+    how = dict(dtype=dtype, variant=variant)
     try:
         encoders = {}
         for part in [part for part in index if part.startswith("text_encoder") and index[part][1]]:
@@ -353,7 +364,7 @@ def check_pretrained(name, folder):
         others = [n for n, family in MODELS.items() if family.pipeline.__name__ == found]
         advice = f"try --model {others[0]}" if others else "no --model here is"
         raise ModelError(f"{about} is a {found}, not --model {name}; {advice}")
-    for path in sorted(Path(folder).rglob("*.safetensors")):
+    for path in sorted(Path(folder).glob("*/*.safetensors")):
         try:
             safe_open(path, "pt")  # reads its header, which says how long the file must be
         except Exception as error:

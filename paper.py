@@ -11,6 +11,7 @@ complete there is not run again), and draws docs/families.png.
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -109,13 +110,14 @@ def families(seeds, steps, jobs=2):
             if any(ran[name] != value for name, value in options.items()):
                 sys.exit(f"paper.py: error: {out} is of other options; delete it")
         else:
+            shutil.rmtree(out, ignore_errors=True)  # of a run that was interrupted
             words = [f"--{name}={value}" for name, value in options.items()]
             command = [sys.executable, HERE / "train.py", *words, f"--output_dir={out}"]
             threads = dict(OMP_NUM_THREADS=str(max(1, os.cpu_count() // jobs)))
             with open(out.with_suffix(".log"), "w") as log:
-                subprocess.run(
-                    command, check=True, stdout=log, stderr=log, env=os.environ | threads
-                )
+                ran = subprocess.run(command, stdout=log, stderr=log, env=os.environ | threads)
+            if ran.returncode:
+                sys.exit(f"paper.py: error: {' '.join(words)} failed; {log.name} says why")
         return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -169,6 +171,10 @@ def main(argv=None):
     parser.add_argument("--seeds", type=int, default=3, help="runs a model and family")
     parser.add_argument("--steps", type=int, default=10, help="optimizer steps of a run")
     arguments = parser.parse_args(argv)
+    if not 1 <= arguments.prompts <= len(tiny.HELD_OUT_PROMPTS):
+        parser.error(f"--prompts: 1 to {len(tiny.HELD_OUT_PROMPTS)}, the held-out ones")
+    if arguments.seeds < 1 or arguments.steps < 1:
+        parser.error("--seeds and --steps: at least 1")
     if arguments.what == "fidelity":
         fidelity(arguments.prompts)
     else:

@@ -47,7 +47,9 @@ from torch import nn
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E2M1_MAX, E4M3_MAX, E4M3_MAX_FOUR_OVER_SIX = 6.0, 448.0, 256.0
 FLT_MAX = torch.finfo(torch.float32).max
-CACHED_ELEMENTS = 1 << 16  # of float32: what eager mode's passes over memory find in the L2 cache
+# Eager mode makes its passes over pieces of this many elements: on a CPU they stay in the L2 cache,
+# on a GPU, where each pass is a kernel to launch, they only keep the float32 copies small.
+PIECE = {"cpu": 1 << 16, "cuda": 1 << 26}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -210,8 +212,9 @@ def _fake_quantize_rows(x2d, dtype, decode):
     scales, multiplier = _block_scales(block_amax, amax)
     if decode:
         scales = scales * _global_step(amax, E4M3_MAX)
-    # A compiler fuses the passes itself; eager mode makes them over pieces that stay in cache.
-    rows = len(blocks) if torch.compiler.is_compiling() else max(1, CACHED_ELEMENTS // columns)
+    rows = max(1, PIECE.get(x2d.device.type, 1 << 26) // max(1, columns))
+    if torch.compiler.is_compiling():  # which fuses the passes itself
+        rows = max(1, len(blocks))
     values = torch.empty(blocks.shape, dtype=dtype, device=x2d.device)
     for i in range(0, len(blocks), rows):
         piece = slice(i, i + rows)
@@ -308,7 +311,8 @@ def quantize_linears(model, precision, skip=(), min_dim=0):
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r} is not one of {', '.join(PRECISIONS)}")
     rows = []
-    for name, layer in list(model.named_modules()):
+    for name in [name for name, _ in model.named_modules()]:  # not the layers: they should go
+        layer = model.get_submodule(name)
         if isinstance(layer, nn.Linear):
             sizes = layer.in_features, layer.out_features
         elif isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and layer.groups == 1:

@@ -232,7 +232,9 @@ class Report:
             f"Held-out reward: {result}.\n\n```\n{command(c)}\n```\n\n```python\n"
             f"from diffusers import {kind}\n\n"
             f"pipe = {kind}.from_pretrained({(base or 'path/to/the/tiny/model')!r})\n"
-            f'pipe.load_lora_weights("path/to/this/folder")\n```\n\n'
+            f'pipe.load_lora_weights("path/to/this/folder")\n'
+            f'image = pipe("a prompt", guidance_scale=1.0, num_inference_steps={c.eval_steps}, '
+            f"height={c.resolution}, width={c.resolution}).images[0]\n```\n\n"
             f"Every option:\n\n```json\n{config}\n```\n",
         )
 

@@ -119,7 +119,8 @@ def iteration(run, step):
                 samples = rollout(run, "regenerate", old, row, [seeds[i] for i in kept])
         trained.append(samples)
         if len(trained) > 1:  # the picture shows the first prompt's
-            samples.images.clear()
+            explored[-1].images.clear()
+            trained[-1].images.clear()
 
     # Advantages: from the rewards of what is trained on, never from the explorer's.
     rewards = torch.stack([samples.rewards for samples in trained])  # (P, K)
@@ -252,15 +253,16 @@ def reward_metrics(trained, explored, k):
 class Clock:
     """Seconds by stage: `with clock("explore"): ...`"""
 
-    def __init__(self):
+    def __init__(self, device):
+        self.device = torch.device(device)
         self.seconds = dict.fromkeys(("explore", "select", "regenerate", "reward", "train"), 0.0)
 
     @contextlib.contextmanager
     def __call__(self, stage):
         start = time.perf_counter()
         yield
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         self.seconds[stage] += time.perf_counter() - start
 
 
@@ -287,7 +289,7 @@ class Run:
 
             folder = tiny.ensure(c.model) / c.model
         self.model = models.load(c.model, folder, c.resolution, c.solver, c.device)
-        self.clock = Clock()
+        self.clock = Clock(c.device)
         for part in (self.train, self.held_out):
             part.text = self.model.encode(part.prompts)
             for name, (limit, n) in self.model.cut_off(part.prompts).items():
@@ -425,6 +427,10 @@ def main(argv=None):
         return 2
     except FloatingPointError as error:
         print(f"train.py: {error}", file=sys.stderr)
+        return 1
+    except torch.OutOfMemoryError as error:
+        about = str(error).split(". ")[0]
+        print(f"train.py: {about}; lower --micro_batch or --resolution", file=sys.stderr)
         return 1
     except SystemExit as request:  # --help
         return request.code or 0

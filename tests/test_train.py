@@ -193,7 +193,7 @@ def test_the_model_card_holds_the_command_that_gives_the_run(tmp_path, world, mo
     card = ModelCard.load(tmp_path / "run" / "lora" / "README.md")
     assert card.data.library_name == "diffusers" and "clipscore:0.5" in card.text
     line = next(line for line in card.text.splitlines() if line.startswith("python train.py"))
-    assert "--device" not in line
+    assert "--device" not in line and "--output_dir" not in line
     again = parse([*shlex.split(line)[2:], "--device", "cpu", "--output_dir", "other"])
     ran = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
     assert dataclasses.asdict(again) == ran | {"output_dir": "other"}
@@ -212,10 +212,18 @@ def test_a_pretrained_folder_takes_the_very_code_of_the_tiny_model(tmp_path, wor
     assert same(tmp_path / "tiny", tmp_path / "folder")
 
 
-def test_checkpointing_gradients_changes_nothing_but_memory(tmp_path, world):
+def test_checkpointing_gradients_changes_nothing_but_memory(tmp_path, world, monkeypatch):
+    real, checkpointed = train.update, []
+
+    def update(run, *arguments):
+        checkpointed.append(run.model.transformer.is_gradient_checkpointing)
+        return real(run, *arguments)
+
+    monkeypatch.setattr(train, "update", update)
     for name, flag in (("with", "--gradient_checkpointing"), ("without", "--micro_batch=36")):
         options = [*MINIATURE, "--model", "sd3", flag, "--output_dir", str(tmp_path / name)]
         assert train.main(options) == 0
+    assert checkpointed == [True, True, False, False]
     assert same(tmp_path / "with", tmp_path / "without")
 
 
@@ -272,6 +280,8 @@ def test_lora_adapts_the_attention_layers_of_the_paper(name, adapted, world):
         ("--timestep_fraction 2", "--timestep_fraction"),
         ("--device cuda:77", "--device"),
         ("--device banana", "--device"),
+        ("--device meta", "--device"),
+        ("--seed 99999999999999999999999", "--seed"),
         ("--prompts missing.txt", "missing.txt"),
         ("--prompts EMPTY", "no prompt"),
         ("--prompts LATIN1", "UTF-8"),
@@ -327,6 +337,16 @@ def test_bad_input_is_one_line_and_nothing_is_written(
     ignore = {"__pycache__"}
     after = [p for p in sorted(tmp_path.rglob("*")) if not ignore & set(p.parts)]
     assert after == before
+
+
+def test_out_of_memory_is_a_line_that_says_what_would_do(tmp_path, world, monkeypatch, capsys):
+    def iteration(run, step):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+
+    monkeypatch.setattr(train, "iteration", iteration)
+    assert train.main([*MINIATURE, "--output_dir", str(tmp_path / "run")]) == 1
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said == "train.py: CUDA out of memory; lower --micro_batch or --resolution"
 
 
 def test_ctrl_c_ends_with_what_was_kept(tmp_path, world, monkeypatch, capsys):
