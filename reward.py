@@ -362,7 +362,7 @@ def _hub_files(hub_id, *patterns):
 def _line(error):
     """An error's text in one line; of a thousand wrong keys only the first few."""
     line = " ".join(str(error).split()) or type(error).__name__
-    return line if len(line) < 300 else line[:300] + " ..."
+    return line if len(line) < 200 else line[:200] + " ..."
 
 
 # ---------------------------------------------------------------------------------------------
@@ -406,6 +406,8 @@ def build_reward(spec, device="cpu", tiny=False, weights=None, option="--reward"
             own = name == "clipscore" and tiny
             try:
                 function = PUBLISHED[name](device, _tiny_files(tiny) if own else files)
+            except RewardError as error:
+                raise RewardError(f"{option} {name}: {error}") from error
             except Exception as error:  # they raise whatever a broken file makes them stumble over
                 raise RewardError(f"{option} {name}: cannot be loaded: {_line(error)}") from error
         made.append((name, weight, function))

@@ -364,8 +364,10 @@ def test_ctrl_c_ends_with_what_was_kept(tmp_path, world, monkeypatch, capsys):
 
 def test_another_familys_folder_is_named_and_so_is_what_is_broken(world, tmp_path, capsys):
     (tmp_path / "p.txt").write_text("a cat")
+    (tmp_path / "red.py").write_text("def red(i, p, m): return i[:, 0].mean(dim=(1, 2))\n")
     options = ["--prompts", str(tmp_path / "p.txt"), "--prompts_per_step", "1", "--output_dir"]
-    options += [str(tmp_path / "run"), "--model", "flux", "--pretrained"]
+    options += [str(tmp_path / "run"), "--reward", f"{tmp_path / 'red.py'}:red"]
+    options += ["--model", "flux", "--pretrained"]
 
     def error(folder):
         assert train.main([*options, str(folder)]) == 2
