@@ -53,7 +53,7 @@ def quantization(device):
 
 def exploring(device):
     model = models.load("sana", tiny.ensure("sana") / "sana", 32, device=device)
-    explorer, _ = models.make_explorer(model, "nvfp4")
+    explorer, _ = models.make_explorer(model, "nvfp4", model.keep_bf16)
     text = model.encode(tiny.HELD_OUT_PROMPTS[:1]).take([0] * 96)
     noise = initial_noise(candidate_seeds(0, 0, 0, 96), model.latent_shape)
     ms = medians(

@@ -465,12 +465,11 @@ def save_lora(model, adapter, folder):
 # The explorer: a quantized copy of the transformer
 
 
-def make_explorer(model, precision, min_dim=0):
-    """(A copy of the base transformer with quantized linears, quantize_linears' rows). Call it
-    before add_lora, and `sync` before it draws."""
+def make_explorer(model, precision, skip=(), min_dim=0):
+    """(A copy of the base transformer with quantized linears, quantize_linears' rows, which also
+    says what `skip` and `min_dim` are). Call it before add_lora, and `sync` before it draws."""
     explorer = copy.deepcopy(model.transformer)
-    rows = quant.quantize_linears(explorer, precision, skip=model.keep_bf16, min_dim=min_dim)
-    return explorer, rows
+    return explorer, quant.quantize_linears(explorer, precision, skip, min_dim)
 
 
 @torch.no_grad()

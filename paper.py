@@ -1,11 +1,12 @@
 """The paper's claims, measured on the tiny models.
 
     python paper.py fidelity           # does NVFP4 rank as BF16 does? (Table 8; 2 minutes)
-    python paper.py families           # the four rollout families, 3 models, 3 seeds (an hour)
+    python paper.py families           # the four rollout families, 3 models, 3 seeds (40 minutes)
+    python paper.py ladder             # precisions and steps of exploring, 3 models (80 minutes)
 
-Each prints the paper's figure beside its own. `fidelity` also draws docs/candidates.png.
-`families` runs train.py once for each line of its log, under runs/families/ (a run that is
-complete there is not run again), and draws docs/families.png.
+`fidelity` prints the paper's figures beside its own and draws docs/candidates.png. The other two
+run train.py, under runs/families/ and runs/ladder/ (a run that is complete there is not run
+again); `families` draws docs/families.png.
 """
 
 import argparse
@@ -32,7 +33,14 @@ HERE = Path(__file__).parent
 COLUMNS = "kendall_tau spearman_rho top_match bottom_match top_rank bottom_rank".split()
 
 
-def fidelity(prompts=16, pool=96, keep=12, explore_steps=6, rollout_steps=10):
+def candidates(model, reward, text, prompt, i, transformer, steps, micro_batch, pool=96):
+    """(images, rewards) of the pool of the i-th prompt."""
+    pieces = draw(model, transformer, text, candidate_seeds(0, 0, i, pool), steps, micro_batch)
+    images = torch.cat([images for _, images in pieces])
+    return images, reward(images, [prompt] * pool)
+
+
+def fidelity(prompts, pool=96, keep=12, explore_steps=6, rollout_steps=10):
     """Rank agreement of proxies with a BF16 rollout of the untrained tiny models, as means over
     prompts with their standard errors."""
     world = tiny.ensure(*models.MODELS)
@@ -41,15 +49,8 @@ def fidelity(prompts=16, pool=96, keep=12, explore_steps=6, rollout_steps=10):
     rows, batches, shown = [], [], []
     for family in models.MODELS:
         model = models.load(family, world / family, tiny.SIDE)
-        explorer, _ = models.make_explorer(model, "nvfp4")
+        explorer, _ = models.make_explorer(model, "nvfp4", model.keep_bf16)
         texts = model.encode(names)
-
-        def candidates(transformer, i, steps, micro_batch):
-            seeds = candidate_seeds(0, 0, i, pool)
-            pieces = draw(model, transformer, texts.take(i), seeds, steps, micro_batch)
-            images = torch.cat([images for _, images in pieces])
-            return images, reward(images, [names[i]] * pool)
-
         few = f"{explore_steps} steps"
         proxies = {
             f"NVFP4, {few}": (explorer, explore_steps, pool),
@@ -59,8 +60,9 @@ def fidelity(prompts=16, pool=96, keep=12, explore_steps=6, rollout_steps=10):
         }
         found, other_batch = {name: [] for name in proxies}, []
         for i in tqdm(range(prompts), desc=f"{family}, prompts"):
-            images, truth = candidates(model.transformer, i, rollout_steps, pool)
-            drawn = {name: candidates(t, i, s, m) for name, (t, s, m) in proxies.items()}
+            of = model, reward, texts.take(i), names[i], i
+            images, truth = candidates(*of, model.transformer, rollout_steps, pool)
+            drawn = {name: candidates(*of, *how) for name, how in proxies.items()}
             for name, (_, proxy) in drawn.items():
                 found[name].append(selection.rank_fidelity(proxy, truth, keep))
             first, second, *_ = drawn.values()
@@ -71,15 +73,19 @@ def fidelity(prompts=16, pool=96, keep=12, explore_steps=6, rollout_steps=10):
         rows += [(f"{family}: {name}", ranks) for name, ranks in found.items()]
         batches.append("{}: {:.3f} ± {:.3f}".format(family, *mean_and_error(other_batch)))
     print(f"\nranking of {pool} seeds against BF16 at {rollout_steps} steps, {prompts} prompts")
-    print("| proxy | " + " | ".join(COLUMNS) + " |\n|" + " --- |" * (1 + len(COLUMNS)))
-    for name, ranks in rows:
-        cells = [mean_and_error([rank[column] for rank in ranks]) for column in COLUMNS]
-        print(f"| {name} | " + " | ".join(f"{m:.3f} ± {e:.3f}" for m, e in cells) + " |")
+    print_ranks(rows)
     print("| paper, CLIPScore | 0.752 | 0.900 | 0.922 | | | |")
     print("| paper, HPSv2 (ranks: SANA) | 0.827 | 0.943 | 0.939 | | 8.7 | 87.4 |")
     print("| paper, HPSv2, FLUX.1 | | | | | 8.4 | 87.4 |")
     print(f"\nNVFP4 in micro-batches of {pool} against 16, rho: {', '.join(batches)}")
     candidates_picture(names[0], shown)
+
+
+def print_ranks(rows):
+    print("| proxy | " + " | ".join(COLUMNS) + " |\n|" + " --- |" * (1 + len(COLUMNS)))
+    for name, ranks in rows:
+        cells = [mean_and_error([rank[column] for rank in ranks]) for column in COLUMNS]
+        print(f"| {name} | " + " | ".join(f"{m:.3f} ± {e:.3f}" for m, e in cells) + " |")
 
 
 def candidates_picture(prompt, shown):
@@ -98,20 +104,18 @@ def candidates_picture(prompt, shown):
     figure.savefig(HERE / "docs" / "candidates.png", dpi=110)
 
 
-def families(seeds, steps, jobs=2):
-    """Held-out reward of the four rollout families at equal updates: a table and a picture."""
-    folder = HERE / "runs" / "families"
-    tiny.ensure(*models.MODELS)  # once, before the runs share it
+def runs_of(folder, todo, jobs=2):
+    """The metrics of a run of train.py for each dict of options; those complete are not rerun."""
 
     def run(options):
-        out = folder / "_".join(map(str, options.values()))
+        out = folder / "_".join(str(v) if v is not True else k for k, v in options.items())
         if (out / "lora").is_dir():
             ran = json.loads((out / "config.json").read_text())["config"]
             if any(ran[name] != value for name, value in options.items()):
                 sys.exit(f"paper.py: error: {out} is of other options; delete it")
         else:
             shutil.rmtree(out, ignore_errors=True)  # of a run that was interrupted
-            words = [f"--{name}={value}" for name, value in options.items()]
+            words = [f"--{k}" if v is True else f"--{k}={v}" for k, v in options.items()]
             command = [sys.executable, HERE / "train.py", *words, f"--output_dir={out}"]
             threads = dict(OMP_NUM_THREADS=str(max(1, os.cpu_count() // jobs)))
             with open(out.with_suffix(".log"), "w") as log:
@@ -120,15 +124,88 @@ def families(seeds, steps, jobs=2):
                 sys.exit(f"paper.py: error: {' '.join(words)} failed; {log.name} says why")
         return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
+    tiny.ensure(*models.MODELS)  # once, before the runs share it
     folder.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(jobs) as pool:
+        return list(tqdm(pool.map(run, todo), total=len(todo)))
+
+
+LADDER = {
+    "bf16": dict(precision="bf16"),
+    "fp8": dict(precision="fp8"),
+    "nvfp4_4over6": dict(precision="nvfp4_4over6"),
+    "nvfp4_row": dict(precision="nvfp4_row"),
+    "nvfp4": dict(precision="nvfp4"),
+    "nvfp4, every layer": dict(precision="nvfp4", quantize_all=True),
+    "nvfp4, 2 steps": dict(precision="nvfp4", explore_steps=2),
+    "nvfp4, 4 steps": dict(precision="nvfp4", explore_steps=4),
+    "nvfp4, 8 steps": dict(precision="nvfp4", explore_steps=8),
+}
+
+
+def ladder(prompts, seeds, steps, pool=96, keep=12, rollout_steps=10):
+    """What each precision and number of steps of exploring does to the ranking of the untrained
+    tiny models, and to the held-out reward after training with it."""
+    todo = [
+        dict(model=model, seed=seed, steps=steps) | options
+        for seed in range(seeds)
+        for model in models.MODELS
+        for options in LADDER.values()
+    ]
+    runs = runs_of(HERE / "runs" / "ladder", todo)
+    world = tiny.ensure(*models.MODELS)
+    reward = build_reward("clipscore", "cpu", world)
+    names, rows, other_batch, gains = tiny.HELD_OUT_PROMPTS[:prompts], [], [], {}
+    for family in models.MODELS:
+        model = models.load(family, world / family, tiny.SIDE)
+        texts = model.encode(names)
+        of = [(model, reward, texts.take(i), names[i], i) for i in range(prompts)]
+        truths = [candidates(*o, model.transformer, rollout_steps, pool)[1] for o in of]
+        for name, options in tqdm(LADDER.items(), desc=family):
+            skip = () if "quantize_all" in options else model.keep_bf16
+            explorer, _ = models.make_explorer(model, options["precision"], skip)
+            few = options.get("explore_steps", 6)
+            proxies = [candidates(*o, explorer, few, pool)[1] for o in of]
+            found = [selection.rank_fidelity(p, t, keep) for p, t in zip(proxies, truths)]
+            rows.append((f"{family}: {name}", found))
+            if few == 6 and options["precision"] != "bf16":
+                again = [candidates(*o, explorer, few, 16)[1] for o in of]
+                rhos = [
+                    selection.rank_fidelity(*p, keep)["spearman_rho"] for p in zip(again, proxies)
+                ]
+                other_batch.append((f"{family}: {name}", mean_and_error(rhos)))
+            mine = [
+                run
+                for o, run in zip(todo, runs)
+                if o == dict(model=family, seed=o["seed"], steps=steps) | options
+            ]
+            gains[family, name] = mean_and_error([run[-1]["eval/gain"] for run in mine])
+    print(f"\nranking of {pool} seeds against BF16 at {rollout_steps} steps, {prompts} prompts")
+    print_ranks(rows)
+    print("\nmicro-batches of 16 against 96, rho: ", end="")
+    print(", ".join(f"{name} {mean:.3f} ± {error:.3f}" for name, (mean, error) in other_batch))
+    print(f"\ngain in held-out reward after {steps} steps, {seeds} seeds")
+    print(
+        "| exploring in | "
+        + " | ".join(models.MODELS)
+        + " |\n|"
+        + " --- |" * (1 + len(models.MODELS))
+    )
+    for name in LADDER:
+        cells = ["{:.4f} ± {:.4f}".format(*gains[family, name]) for family in models.MODELS]
+        print(f"| {name} | " + " | ".join(cells) + " |")
+    print("paper, final reward by explore steps: 2 0.3587, 4 0.3650, 6 0.3686, 8 0.3659")
+
+
+def families(seeds, steps):
+    """Held-out reward of the four rollout families at equal updates: a table and a picture."""
     todo = [
         dict(model=model, family=family, seed=seed, steps=steps)
         for seed in range(seeds)
         for model in models.MODELS
         for family in FAMILIES
     ]
-    with ThreadPoolExecutor(jobs) as pool:
-        runs = list(tqdm(pool.map(run, todo), total=len(todo)))
+    runs = runs_of(HERE / "runs" / "families", todo)
     figure, axes = plt.subplots(1, len(models.MODELS), figsize=(12, 4))
     print("\n| model | family | before | after | gain | rollout s | train s |\n|" + " --- |" * 7)
     for axis, model in zip(axes, models.MODELS):
@@ -166,8 +243,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("what", choices=("fidelity", "families"))
-    parser.add_argument("--prompts", type=int, default=16, help="of fidelity")
+    parser.add_argument("what", choices=("fidelity", "families", "ladder"))
+    parser.add_argument("--prompts", type=int, default=16, help="of fidelity and ladder")
     parser.add_argument("--seeds", type=int, default=3, help="runs a model and family")
     parser.add_argument("--steps", type=int, default=10, help="optimizer steps of a run")
     arguments = parser.parse_args(argv)
@@ -177,6 +254,8 @@ def main(argv=None):
         parser.error("--seeds and --steps: at least 1")
     if arguments.what == "fidelity":
         fidelity(arguments.prompts)
+    elif arguments.what == "ladder":
+        ladder(arguments.prompts, arguments.seeds, arguments.steps)
     else:
         families(arguments.seeds, arguments.steps)
 

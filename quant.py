@@ -61,7 +61,8 @@ class NVFP4Tensor:
 
     codes: uint8 (M, ceil(K / 2)), two E2M1 codes a byte, the even element in the low nibble;
     scales: float8_e4m3fn (M, ceil(K / 16)), for 16x16 blocks each row repeats its tile's;
-    amax: float32 scalar; scale_max: 448, or 256 for four-over-six.
+    amax: float32 scalar, or (M,) where each row has its own; scale_max: 448, or 256 for
+    four-over-six.
     """
 
     def __init__(self, codes, scales, amax, shape, scale_max):
@@ -73,27 +74,32 @@ class NVFP4Tensor:
         nibbles = torch.stack([self.codes & 0xF, self.codes >> 4], dim=-1).flatten(1)
         values = torch.tensor(E2M1, device=nibbles.device)[(nibbles & 0x7).long()]
         values = torch.where(nibbles >= 8, -values, values)[:, : self.shape[-1]]
-        step = self.scales.float() * _global_step(self.amax, self.scale_max)
+        step = self.scales.float() * _global_step(self.amax.reshape(-1, 1), self.scale_max)
         values = values * step.repeat_interleave(16, dim=1)[:, : self.shape[-1]]
         return values.reshape(self.shape).to(dtype)
 
 
-def quantize_nvfp4(x, block=(1, 16), four_over_six=False):
+def quantize_nvfp4(x, block=(1, 16), four_over_six=False, row_scaled=False):
     """Quantize x (..., K), a float tensor, to NVFP4 with the bytes that Transformer Engine gives.
 
-    block: (1, 16) for activations, (16, 16) for weights. Rows and columns that do not fill a
-    block are padded with zeros, which changes no other element. Returns an NVFP4Tensor.
+    block: (1, 16) for activations, (16, 16) for weights. row_scaled: each row (token) has a global
+    scale of its own, so that it does not depend on the others; for (1, 16) only. Rows and columns
+    that do not fill a block are padded with zeros, which changes no other element.
+    Returns an NVFP4Tensor.
     Raises ValueError on a NaN or an infinity, another block, an empty or a non-float tensor.
     """
     x2d = _as_rows(x)
+    if row_scaled and tuple(block) != (1, 16):
+        raise ValueError(f"quantize_nvfp4: row_scaled is for (1, 16) blocks, not {block}")
     if not torch.isfinite(x2d.float()).all():
         raise ValueError("quantize_nvfp4: the tensor holds a NaN or an infinity")
-    y, scales, amax, scale_max = _scale_blocks(_tile(x2d, block), four_over_six)
+    y, scales, amax, scale_max = _scale_blocks(_tile(x2d, block), four_over_six, row_scaled)
     codes = _untile(_nearest_code(y), x2d.shape)
     if codes.shape[1] % 2:
         codes = F.pad(codes, (0, 1))
     scales = scales.expand(-1, -1, block[0], 1).transpose(1, 2).flatten(2).flatten(0, 1)
     scales = scales[: len(x2d)].to(torch.float8_e4m3fn)
+    amax = amax.flatten() if row_scaled else amax
     return NVFP4Tensor(codes[:, 0::2] | (codes[:, 1::2] << 4), scales, amax, x.shape, scale_max)
 
 
@@ -133,11 +139,13 @@ def _global_step(amax, scale_max):
     return amax / (E2M1_MAX * scale_max)
 
 
-def _scale_blocks(tiles, four_over_six):
-    """Tiles (a, b, rows, 16) -> (tiles on the code grid within +-6, scales (a, b, 1, 1), amax,
-    scale_max); scales are float32 with E4M3 values."""
+def _scale_blocks(tiles, four_over_six, row_scaled=False):
+    """Tiles (a, b, rows, 16) -> (tiles on the code grid within +-6, scales (a, b, 1, 1), amax (),
+    or (a, 1, 1, 1) if row_scaled, scale_max); scales are float32 with E4M3 values."""
     block_amax = tiles.abs().amax(dim=(2, 3), keepdim=True)
     amax, scale_max = block_amax.max(), E4M3_MAX
+    if row_scaled:
+        amax = block_amax.amax(dim=1, keepdim=True)
     if not four_over_six:
         scales, multiplier = _block_scales(block_amax, amax)
         return (tiles * multiplier).clamp(-E2M1_MAX, E2M1_MAX), scales, amax, scale_max
@@ -185,7 +193,7 @@ def _sum_in_order(errors):
 # The same numbers, fast
 
 
-def fake_quantize_nvfp4(x, block=(1, 16), four_over_six=False):
+def fake_quantize_nvfp4(x, block=(1, 16), four_over_six=False, row_scaled=False):
     """quantize_nvfp4(x, ...).dequantize(x.dtype) without packing, in few passes over memory.
 
     x: float (..., K); returns its shape and dtype. There is no check for NaN, because reading one
@@ -193,22 +201,23 @@ def fake_quantize_nvfp4(x, block=(1, 16), four_over_six=False):
     """
     x2d = _as_rows(x)
     if tuple(block) == (1, 16) and not four_over_six:
-        values, _ = _fake_quantize_rows(x2d, x.dtype, decode=True)
+        values, _ = _fake_quantize_rows(x2d, x.dtype, row_scaled, decode=True)
     else:
         y, scales, amax, scale_max = _scale_blocks(_tile(x2d, block), four_over_six)
         values = _untile(_round_e2m1(y) * (scales * _global_step(amax, scale_max)), x2d.shape)
     return values.to(x.dtype).reshape(x.shape)
 
 
-def _fake_quantize_rows(x2d, dtype, decode):
-    """1x16 blocks of x2d (M, K): (values (M, K) in dtype, amax). Values are code * scale, which
-    BF16 holds exactly, and with `decode` also times the global step."""
+def _fake_quantize_rows(x2d, dtype, row_scaled, decode):
+    """1x16 blocks of x2d (M, K): (values (M, K) in dtype, amax (), or (M, 1, 1) if row_scaled).
+    Values are code * scale, which BF16 holds exactly, and with `decode` also times the global
+    step."""
     columns = x2d.shape[1]
     if columns % 16:
         x2d = F.pad(x2d, (0, -columns % 16))
     blocks = x2d.unflatten(1, (-1, 16))
     block_amax = _block_amax(blocks)
-    amax = block_amax.max()
+    amax = block_amax.amax(dim=1, keepdim=True) if row_scaled else block_amax.max()
     scales, multiplier = _block_scales(block_amax, amax)
     if decode:
         scales = scales * _global_step(amax, E4M3_MAX)
@@ -251,19 +260,22 @@ def _round_e2m1(y):
 
 
 def _exact_values(x2d, precision, block):
-    """x2d (M, K) -> (BF16 values that hold the quantized numbers exactly, the float32 scale that
-    the matmul's result is multiplied by)."""
+    """x2d (M, K) -> (BF16 values that hold the quantized numbers exactly, the float32 scale, () or
+    (M, 1), that the matmul's result is multiplied by)."""
     if precision == "fp8":  # E4M3 with one scale a tensor, TE's Float8CurrentScaling
         amax = x2d.abs().amax().float()
         multiplier = torch.where(amax == 0, 1.0, E4M3_MAX / amax).clamp(max=FLT_MAX)
         values = (x2d.float() * multiplier).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
         return values.to(torch.bfloat16), multiplier.reciprocal()
-    if block == (1, 16):
-        values, amax = _fake_quantize_rows(x2d, torch.bfloat16, decode=False)
+    if block == (1, 16) and precision != "nvfp4_4over6":
+        row_scaled, scale_max = precision == "nvfp4_row", E4M3_MAX
+        values, amax = _fake_quantize_rows(x2d, torch.bfloat16, row_scaled, decode=False)
+        amax = amax.reshape(-1, 1) if row_scaled else amax
     else:
-        y, scales, amax, _ = _scale_blocks(_tile(x2d, block), four_over_six=False)
+        four_over_six = precision == "nvfp4_4over6"
+        y, scales, amax, scale_max = _scale_blocks(_tile(x2d, block), four_over_six)
         values = _untile(_round_e2m1(y) * scales, x2d.shape).to(torch.bfloat16)
-    return values, _global_step(amax, E4M3_MAX)
+    return values, _global_step(amax, scale_max)
 
 
 class SimulatedLinear(nn.Module):
@@ -297,13 +309,16 @@ class SimulatedLinear(nn.Module):
         return y.movedim(-1, 1) if self.pointwise else y
 
 
-PRECISIONS = ("nvfp4", "fp8", "bf16")
+# What a linear layer explores in. nvfp4_4over6: four-over-six for weights and activations;
+# nvfp4_row: a global scale for each token's activation, so that an image does not depend on its
+# micro-batch; fp8: E4M3 with one scale a tensor, as Transformer Engine's Float8CurrentScaling.
+PRECISIONS = ("nvfp4", "nvfp4_4over6", "nvfp4_row", "fp8", "bf16")
 
 
 def quantize_linears(model, precision, skip=(), min_dim=0):
     """Swap the linear layers and 1x1 convolutions of `model` in place.
 
-    precision: "nvfp4", "fp8", or "bf16" (nothing is swapped). A layer stays as it is where a
+    precision: one of PRECISIONS; with "bf16" nothing is swapped. A layer stays as it is where a
     part of its dotted name is in `skip`, or where max(in, out) <= min_dim (the paper's rule).
     Returns rows (name, in, out, precision or the reason it was kept). `backend` says what runs.
     Raises ValueError on an unknown precision.

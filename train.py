@@ -306,7 +306,8 @@ class Run:
             self.model.transformer.enable_gradient_checkpointing()
         self.explorer, self.layers = None, []
         if FAMILIES[c.family].quantized:
-            self.explorer, self.layers = models.make_explorer(self.model, c.precision, c.min_dim)
+            rule = {} if c.quantize_all else dict(skip=self.model.keep_bf16, min_dim=c.min_dim)
+            self.explorer, self.layers = models.make_explorer(self.model, c.precision, **rule)
         torch.manual_seed(c.seed)
         models.add_lora(self.model, c.lora_rank, alpha=2 * c.lora_rank)
         self.optimizer = torch.optim.AdamW(

@@ -278,7 +278,7 @@ def test_the_explorer_ranks_like_the_policy(world, name, quantized):
     prompt = "a large plain red circle in the middle"
     model = models.load(name, world / name, 32)
     reward = build_reward("clipscore", "cpu", world)
-    explorer, rows = models.make_explorer(model, "nvfp4")
+    explorer, rows = models.make_explorer(model, "nvfp4", model.keep_bf16)
     assert [outcome for *_, outcome in rows].count("nvfp4") == quantized
     text, taken = model.encode([prompt]), {}
     for which, transformer, steps in (("proxy", explorer, 6), ("truth", model.transformer, 10)):
