@@ -17,6 +17,7 @@ import torch
 
 import models
 import quant
+from engine import EngineError
 
 RULES = ("best_worst", "random_subset", "mean_deviation", "extremes_random")
 
@@ -67,6 +68,9 @@ class Config:
     keep: int = option(24, "K, candidates trained on for a prompt, half best, half worst")
     select: str = option("best_worst", "which candidates are kept", RULES)
     precision: str = option("nvfp4", "precision of exploring", quant.PRECISIONS)
+    precision_backend: str = option(
+        "auto", "auto: Transformer Engine where it can be used; te: nothing else", quant.BACKENDS
+    )
     min_dim: int = option(None, "layers with max(in, out) up to this stay in BF16")
     quantize_all: bool = option(False, "explore with no layer in BF16, whatever the paper keeps")
     explore_steps: int = option(6, "sampling steps of exploring")
@@ -221,6 +225,10 @@ def _check(c):
         torch.empty(1, device=c.device)
     except (RuntimeError, AssertionError) as error:
         raise OptionError(f"--device {c.device}: not on this machine; try --device cpu") from error
+    try:
+        quant.backend(c.precision, c.device, c.precision_backend)
+    except EngineError as error:
+        raise OptionError(str(error)) from error
     if c.report_to != "none" and importlib.util.find_spec(c.report_to) is None:
         raise OptionError(f"--report_to {c.report_to}: not installed; pip install {c.report_to}")
     out = Path(c.output_dir)

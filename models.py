@@ -17,6 +17,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else importing FLUX.1 warns twice
+import engine  # noqa: F401  before peft, which does not import beside a broken Transformer Engine
+
+# isort: split
 
 import numpy as np
 import torch
@@ -465,11 +468,11 @@ def save_lora(model, adapter, folder):
 # The explorer: a quantized copy of the transformer
 
 
-def make_explorer(model, precision, skip=(), min_dim=0):
-    """(A copy of the base transformer with quantized linears, quantize_linears' rows, which also
-    says what `skip` and `min_dim` are). Call it before add_lora, and `sync` before it draws."""
+def make_explorer(model, precision, skip=(), min_dim=0, wanted="auto"):
+    """(A copy of the base transformer with quantized linears, the rows of quant.quantize_linears,
+    where the arguments are explained). Call it before add_lora, and `sync` before it draws."""
     explorer = copy.deepcopy(model.transformer)
-    return explorer, quant.quantize_linears(explorer, precision, skip, min_dim)
+    return explorer, quant.quantize_linears(explorer, precision, skip, min_dim, wanted)
 
 
 @torch.no_grad()
@@ -481,7 +484,7 @@ def sync(explorer, transformer, adapter):
         base = layer.get_base_layer().weight
         merged = (base.float() + layer.get_delta_weight(adapter).float()).to(base.dtype)
         twin = explorer.get_submodule(name)
-        if isinstance(twin, quant.SimulatedLinear):
+        if isinstance(twin, quant.QuantizedLinear):
             twin.set_weight(merged)
         else:
             twin.weight.copy_(merged)

@@ -44,6 +44,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import engine
+
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E2M1_MAX, E4M3_MAX, E4M3_MAX_FOUR_OVER_SIX = 6.0, 448.0, 256.0
 FLT_MAX = torch.finfo(torch.float32).max
@@ -278,34 +280,49 @@ def _exact_values(x2d, precision, block):
     return values, _global_step(amax, scale_max)
 
 
-class SimulatedLinear(nn.Module):
-    """A linear layer (or a 1x1 convolution) whose matmul has the numbers of an FP4 tensor core.
+class SimulatedMatmul(nn.Module):
+    """x (m, in) -> x W^T + bias (m, out) with the numbers of an FP4 tensor core, any sizes.
 
-    The weight is quantized by `set_weight`, once a sync; activations at each call. Input
-    (..., in) or, for a convolution, (n, in, h, w); any number of tokens and features.
-    """
+    The weight (out, in) is quantized by `set_weight`, once a sync; x at each call. The bias is
+    added in float32, before the result is rounded to x's dtype."""
 
-    def __init__(self, layer, precision):
+    def __init__(self, weight, bias, precision):
         super().__init__()
-        self.precision, self.pointwise = precision, isinstance(layer, nn.Conv2d)
-        self.bias = layer.bias
-        self.register_buffer("values", None, persistent=False)
-        self.register_buffer("scale", None, persistent=False)
-        self.set_weight(layer.weight)
+        self.precision, self.bias = precision, bias
+        values, scale = _exact_values(weight, precision, (16, 16))
+        self.register_buffer("values", values, persistent=False)
+        self.register_buffer("scale", scale, persistent=False)
 
     @torch.no_grad()
     def set_weight(self, weight):
-        """weight (out, in), or (out, in, 1, 1) of a convolution."""
-        self.values, self.scale = _exact_values(weight.flatten(1), self.precision, (16, 16))
+        values, scale = _exact_values(weight, self.precision, (16, 16))
+        self.values.copy_(values)  # in place: a compiled model goes on reading these
+        self.scale.copy_(scale)
+
+    def forward(self, x):
+        values, scale = _exact_values(x, self.precision, (1, 16))
+        y = F.linear(values, self.values).float().mul_(scale * self.scale)
+        if self.bias is not None:
+            y.add_(self.bias)
+        return y.to(x.dtype)
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer, or a 1x1 convolution as one over channels, around a matmul that quantizes.
+    Input (..., in) or, for a convolution, (n, in, h, w)."""
+
+    def __init__(self, layer, matmul):
+        super().__init__()
+        self.matmul, self.pointwise = matmul, isinstance(layer, nn.Conv2d)
+
+    def set_weight(self, weight):
+        """weight (out, in), or (out, in, 1, 1) of a convolution; quantizes it."""
+        self.matmul.set_weight(weight.flatten(1))
 
     def forward(self, x):
         if self.pointwise:
             x = x.movedim(1, -1)
-        values, scale = _exact_values(x.reshape(-1, x.shape[-1]), self.precision, (1, 16))
-        y = F.linear(values, self.values).float().mul_(scale * self.scale)
-        if self.bias is not None:
-            y.add_(self.bias)
-        y = y.to(x.dtype).unflatten(0, x.shape[:-1])
+        y = self.matmul(x.reshape(-1, x.shape[-1])).unflatten(0, x.shape[:-1])
         return y.movedim(-1, 1) if self.pointwise else y
 
 
@@ -315,19 +332,42 @@ class SimulatedLinear(nn.Module):
 PRECISIONS = ("nvfp4", "nvfp4_4over6", "nvfp4_row", "fp8", "bf16")
 
 
-def quantize_linears(model, precision, skip=(), min_dim=0):
+BACKENDS = ("auto", "te", "simulated")
+
+
+def backend(precision, device="cpu", wanted="auto"):
+    """("te", "simulated" or "torch", one line that says what runs a quantized layer, and why).
+
+    wanted: "te" raises EngineError where Transformer Engine cannot be used, "simulated" never
+    uses it, "auto" uses it where it can be.
+    """
+    if precision == "bf16":
+        return "torch", "bf16: torch"
+    reason = "as asked" if wanted == "simulated" else engine.unusable(precision, device)
+    if not reason:
+        sm = "sm{}{}".format(*engine.capability(device))
+        return "te", f"{precision}: Transformer Engine {engine.version()} on {sm}"
+    if wanted == "te":
+        raise engine.EngineError(f"--precision_backend te, --precision {precision}: {reason}")
+    return "simulated", f"{precision}: simulated ({reason})"
+
+
+def quantize_linears(model, precision, skip=(), min_dim=0, wanted="auto"):
     """Swap the linear layers and 1x1 convolutions of `model` in place.
 
     precision: one of PRECISIONS; with "bf16" nothing is swapped. A layer stays as it is where a
-    part of its dotted name is in `skip`, or where max(in, out) <= min_dim (the paper's rule).
-    Returns rows (name, in, out, precision or the reason it was kept). `backend` says what runs.
-    Raises ValueError on an unknown precision.
+    part of its dotted name is in `skip`, where max(in, out) <= min_dim (the paper's rule), or
+    where Transformer Engine runs and cannot take its sizes. wanted: as in `backend`, which says
+    what runs. Returns rows (name, in, out, precision or the reason it was kept).
+    Raises ValueError on an unknown precision, EngineError if Transformer Engine is wanted and
+    cannot be used, or fails `self_check`, which the largest layer goes through.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r} is not one of {', '.join(PRECISIONS)}")
-    rows = []
-    for name in [name for name, _ in model.named_modules()]:  # not the layers: they should go
-        layer = model.get_submodule(name)
+    where = next((p.device for p in model.parameters()), torch.device("cpu"))
+    runs, _ = backend(precision, where, wanted)
+    rows, chosen = [], []
+    for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear):
             sizes = layer.in_features, layer.out_features
         elif isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and layer.groups == 1:
@@ -335,27 +375,63 @@ def quantize_linears(model, precision, skip=(), min_dim=0):
         else:
             continue
         skipped = [part for part in skip if f".{part}." in f".{name}."]
+        misfit = engine.features_fit(precision, *sizes) if runs == "te" else ""
         if precision == "bf16":
             outcome = "kept: precision is bf16"
         elif skipped:
             outcome = f"kept: {skipped[0]}"
         elif max(sizes) <= min_dim:
             outcome = f"kept: max(in, out) <= {min_dim}"
+        elif misfit:
+            outcome = f"kept: {misfit}"
         else:
             outcome = precision
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, SimulatedLinear(layer, precision))
+            chosen.append(name)
         rows.append((name, *sizes, outcome))
+    if runs == "te" and chosen:
+        largest = max((row for row in rows if row[0] in chosen), key=lambda row: row[1] * row[2])
+        self_check(model.get_submodule(largest[0]), largest[0], precision)
+    matmul = engine.EngineMatmul if runs == "te" else SimulatedMatmul
+    for name in chosen:  # one by one, so that a replaced layer's memory is free for the next
+        layer, (parent, _, child) = model.get_submodule(name), name.rpartition(".")
+        quantized = QuantizedLinear(layer, matmul(layer.weight.flatten(1), layer.bias, precision))
+        setattr(model.get_submodule(parent), child, quantized)
     return rows
 
 
-def backend(precision):
-    """One line that says what runs a layer of this precision on this machine, and why."""
-    if precision == "bf16":
-        return "bf16: torch"
-    if not torch.cuda.is_available():
-        return f"{precision}: simulated (no CUDA GPU)"
-    major, minor = torch.cuda.get_device_capability()
-    if precision == "nvfp4" and major < 10:
-        return f"nvfp4: simulated (sm{major}{minor} has no FP4)"
-    return f"{precision}: simulated (the Transformer Engine path is not built yet)"
+@torch.no_grad()
+def self_check(layer, name, precision, tokens=96):
+    """Transformer Engine against the simulation on one layer and on noise: for NVFP4 the same
+    bytes of weight and input, for all the same output up to 8e-3 of its largest, which is what
+    TE's own tests allow its matmul. Raises EngineError that shows both."""
+    weight = layer.weight.flatten(1)
+    x = torch.randn(tokens, weight.shape[1], generator=torch.Generator().manual_seed(0))
+    x = x.to(weight.device, torch.bfloat16)
+    about = f"Transformer Engine and the simulation differ in {precision} on {name}"
+    advice = "; --precision_backend simulated does without"
+    for what, tensor, block in (("weight", weight, (16, 16)), ("input", x, (1, 16))):
+        if precision == "fp8":
+            break
+        ours = quantize_nvfp4(
+            tensor, block, precision == "nvfp4_4over6", precision == "nvfp4_row" and what == "input"
+        )
+        theirs = engine.quantized_bytes(tensor, precision, what == "weight")
+        for kind, a, b in zip(("codes", "scales"), theirs, (ours.codes, ours.scales)):
+            b = b.view(torch.uint8)
+            if not torch.equal(a, b):
+                i = (a != b).nonzero()[0].tolist()
+                raise engine.EngineError(
+                    f"{about}: {int((a != b).sum())} of {a.numel()} bytes of the {what}'s {kind}, "
+                    f"at {i} {int(a[tuple(i)])} and {int(b[tuple(i)])}{advice}"
+                )
+    a, b = (
+        matmul(weight, layer.bias, precision)(x).float()
+        for matmul in (engine.EngineMatmul, SimulatedMatmul)
+    )
+    largest = (a - b).abs().max()
+    if not largest <= 8e-3 * b.abs().max():
+        i = divmod(int((a - b).abs().argmax()), a.shape[1])
+        raise engine.EngineError(
+            f"{about}: outputs by up to {float(largest):.3g} of {float(b.abs().max()):.3g}, "
+            f"at {list(i)} {float(a[i]):.5g} and {float(b[i]):.5g}{advice}"
+        )

@@ -46,7 +46,8 @@ class Report:
         swapped = sum(not outcome.startswith("kept") for *_, outcome in layers)
         backend = "explored in BF16"
         if layers:
-            backend = f"explored in {quant.backend(c.precision)}: {swapped} of {len(layers)} layers"
+            _, line = quant.backend(c.precision, c.device, c.precision_backend)
+            backend = f"explored in {line}: {swapped} of {len(layers)} layers"
         P, K = c.prompts_per_step, c.keep
         N = c.pool if FAMILIES[c.family].explore else K
         trained = max(1, round(c.timestep_fraction * c.rollout_steps))

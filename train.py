@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 import models
 from config import FAMILIES, OptionError, parse, split_prompts
+from engine import EngineError
 from report import Report
 from reward import RewardError, build_reward, read_spec
 from rollout import candidate_seeds, draw, initial_noise, sample, sampling_times
@@ -278,6 +279,8 @@ class Run:
         folder = models.MODELS[c.model].published if c.pretrained == "published" else c.pretrained
         if folder:
             models.check_pretrained(c.model, folder)
+        if torch.device(c.device).type == "cuda":
+            torch.cuda.set_device(c.device)  # Transformer Engine's kernels run on the current one
         how = dict(device=c.device, tiny=not folder, weights=c.reward_weights)
         self.reward, self.eval_rewards = build_reward(c.reward, **how), None
         if c.eval_rewards:
@@ -307,7 +310,9 @@ class Run:
         self.explorer, self.layers = None, []
         if FAMILIES[c.family].quantized:
             rule = {} if c.quantize_all else dict(skip=self.model.keep_bf16, min_dim=c.min_dim)
-            self.explorer, self.layers = models.make_explorer(self.model, c.precision, **rule)
+            self.explorer, self.layers = models.make_explorer(
+                self.model, c.precision, **rule, wanted=c.precision_backend
+            )
         torch.manual_seed(c.seed)
         models.add_lora(self.model, c.lora_rank, alpha=2 * c.lora_rank)
         self.optimizer = torch.optim.AdamW(
@@ -423,7 +428,14 @@ def main(argv=None):
     """Run the command line; returns the exit code: 0, 2 on bad input, 130 on Ctrl-C."""
     try:
         return train(parse(argv, __doc__))
-    except (OptionError, RewardError, models.ModelError, OSError, SafetensorError) as error:
+    except (
+        OptionError,
+        RewardError,
+        models.ModelError,
+        EngineError,
+        OSError,
+        SafetensorError,
+    ) as error:
         print(f"train.py: error: {(str(error).splitlines() or [repr(error)])[0]}", file=sys.stderr)
         return 2
     except FloatingPointError as error:

@@ -48,6 +48,11 @@ def test_a_block_worked_by_hand():
     assert torch.equal(q.dequantize(), torch.tensor([expected]))
 
 
+def simulated(layer, precision):
+    weight = layer.weight.flatten(1)
+    return quant.QuantizedLinear(layer, quant.SimulatedMatmul(weight, layer.bias, precision))
+
+
 def bound(x, q):
     """The essay's bound for each element of x (M, K), given its scales."""
     amax = q.amax.double()
@@ -141,7 +146,7 @@ def test_the_simulated_linear_is_the_product_of_dequantized_operands(tokens, fea
     torch.manual_seed(0)
     layer = nn.Linear(features, out, bias=bias, dtype=torch.bfloat16)
     x = torch.randn(2, tokens, features, dtype=torch.bfloat16)
-    got = quant.SimulatedLinear(layer, "nvfp4")(x)
+    got = simulated(layer, "nvfp4")(x)
     xq = quant.quantize_nvfp4(x).dequantize(torch.float64)
     wq = quant.quantize_nvfp4(layer.weight.detach(), (16, 16)).dequantize(torch.float64)
     expected = xq @ wq.T + (layer.bias.double() if bias else 0)
@@ -166,8 +171,8 @@ def test_a_1x1_convolution_is_a_linear_over_channels():
     x = torch.randn(2, 24, 3, 3)
     linear = nn.Linear(24, 40)
     linear.weight.data, linear.bias.data = conv.weight.data.flatten(1), conv.bias.data
-    got = quant.SimulatedLinear(conv, "nvfp4")(x)
-    expected = quant.SimulatedLinear(linear, "nvfp4")(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    got = simulated(conv, "nvfp4")(x)
+    expected = simulated(linear, "nvfp4")(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
     assert torch.equal(got, expected)
 
 
@@ -175,7 +180,7 @@ def test_fp8_is_closer_than_nvfp4():
     torch.manual_seed(0)
     layer, x = nn.Linear(128, 128), torch.randn(64, 128)
     exact = layer(x)
-    error = {p: (quant.SimulatedLinear(layer, p)(x) - exact).norm() for p in ("fp8", "nvfp4")}
+    error = {p: (simulated(layer, p)(x) - exact).norm() for p in ("fp8", "nvfp4")}
     assert error["fp8"] < error["nvfp4"] / 2
 
 
@@ -191,15 +196,15 @@ def test_layers_are_swapped_by_name_and_size_and_reported():
         ("small", 16, 16, "kept: max(in, out) <= 16"),
         ("big", 64, 128, "nvfp4"),
     ]
-    assert isinstance(model.big, quant.SimulatedLinear) and isinstance(model.small, nn.Linear)
+    assert isinstance(model.big, quant.QuantizedLinear) and isinstance(model.small, nn.Linear)
     with pytest.raises(ValueError, match="int3"):
         quant.quantize_linears(model, "int3")
 
 
 def test_a_new_weight_replaces_the_old_one():
     a, b = nn.Linear(32, 32), nn.Linear(32, 32)
-    layer = quant.SimulatedLinear(a, "nvfp4")
+    layer = simulated(a, "nvfp4")
     layer.set_weight(b.weight)
     b.bias = a.bias
     x = torch.randn(4, 32)
-    assert torch.equal(layer(x), quant.SimulatedLinear(b, "nvfp4")(x))
+    assert torch.equal(layer(x), simulated(b, "nvfp4")(x))
