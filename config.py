@@ -73,6 +73,7 @@ class Config:
     )
     min_dim: int = option(None, "layers with max(in, out) up to this stay in BF16")
     quantize_all: bool = option(False, "explore with no layer in BF16, whatever the paper keeps")
+    compile: bool = option(False, "torch.compile what explores and regenerates")
     explore_steps: int = option(6, "sampling steps of exploring")
     rollout_steps: int = option(10, "sampling steps of what is trained on")
     eval_steps: int = option(40, "sampling steps of evaluation")

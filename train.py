@@ -98,14 +98,15 @@ def iteration(run, step):
     c, transformer = run.config, run.model.transformer
     family, keep = FAMILIES[c.family], getattr(selection, c.select)
     rows, explored, trained = run.prompts_of(step), [], []
-    if run.explorer:
+    if family.quantized:
         with run.clock("explore"):
             models.sync(run.explorer, transformer, "old")
 
     for row in rows:
         # Explore: N candidates of the old policy, drawn cheaply and scored.
         seeds = candidate_seeds(c.seed, step, row, c.pool if family.explore else c.keep)
-        with run.explorer_or_old_policy() as drawer:
+        with models.policy(transformer, "old"):
+            drawer = run.explorer if family.quantized else run.drawer
             pool = rollout(run, "explore", drawer, row, seeds)
 
         # Select: the best and the worst; of a two-stage pool only their seeds survive.
@@ -116,8 +117,8 @@ def iteration(run, step):
 
         # Regenerate: the kept seeds in BF16, from the same noise, scored again.
         if family.regenerate:
-            with models.policy(transformer, "old") as old:
-                samples = rollout(run, "regenerate", old, row, [seeds[i] for i in kept])
+            with models.policy(transformer, "old"):
+                samples = rollout(run, "regenerate", run.drawer, row, [seeds[i] for i in kept])
         trained.append(samples)
         if len(trained) > 1:  # the picture shows the first prompt's
             explored[-1].images.clear()
@@ -135,6 +136,8 @@ def iteration(run, step):
         models.follow(transformer, "ema", eta=c.ema_decay)
 
     metrics |= reward_metrics(trained, explored, c.keep)
+    if c.compile:  # of the process; a recompilation after the first step would show
+        metrics["compiled_graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     return metrics, (rows[0], explored[0], trained[0])
 
 
@@ -315,16 +318,18 @@ class Run:
             )
         torch.manual_seed(c.seed)
         models.add_lora(self.model, c.lora_rank, alpha=2 * c.lora_rank)
+        self.drawer = (
+            self.model.transformer
+        )  # what draws in BF16, as the policy that is switched on
+        if c.compile:
+            self.drawer = torch.compile(self.drawer)
+            if FAMILIES[c.family].quantized:
+                self.explorer = torch.compile(self.explorer)
         self.optimizer = torch.optim.AdamW(
             models.lora_parameters(self.model.transformer, "default"),
             lr=c.learning_rate,
             weight_decay=1e-4,
         )
-
-    def explorer_or_old_policy(self):
-        if self.explorer:
-            return contextlib.nullcontext(self.explorer)
-        return models.policy(self.model.transformer, "old")
 
     def prompts_of(self, step):
         """Rows of the P training prompts of a step: one pass after another over all of them, each

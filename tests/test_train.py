@@ -1,6 +1,7 @@
 """The update, and runs of the command line at miniature size."""
 
 import dataclasses
+import functools
 import json
 import os
 import shlex
@@ -225,6 +226,22 @@ def test_checkpointing_gradients_changes_nothing_but_memory(tmp_path, world, mon
         assert train.main(options) == 0
     assert checkpointed == [True, True, False, False]
     assert same(tmp_path / "with", tmp_path / "without")
+
+
+def test_compiled_it_draws_the_same_and_is_compiled_in_the_first_step_alone(
+    tmp_path, world, monkeypatch
+):
+    """sync must copy into the weights that the compiled explorer reads. (Graphs are captured and
+    guarded as ever; turning them into machine code, which takes a minute, is left out.)"""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    for name, flag in (("eager", "--no-compile"), ("compiled", "--compile")):
+        options = [*MINIATURE, "--steps", "3", "--learning_rate", "0.01", flag, "--eval_every", "3"]
+        assert train.main([*options, "--output_dir", str(tmp_path / name)]) == 0
+    eager, compiled = (lines(tmp_path / name)[1:] for name in ("eager", "compiled"))
+    graphs = [line["compiled_graphs"] for line in compiled]
+    assert graphs[0] > 0 and graphs == [graphs[0]] * 3
+    for a, b in zip(eager, compiled):
+        assert a["reward/mean"] == pytest.approx(b["reward/mean"], abs=0.02)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
