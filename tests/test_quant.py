@@ -140,15 +140,42 @@ def test_leading_dimensions_are_rows():
     assert quant.quantize_nvfp4(x).dequantize().shape == x.shape
 
 
+def test_a_row_scaled_row_is_what_it_is_alone():
+    x = torch.randn(9, 50) * torch.logspace(-3, 3, 9)[:, None]
+    whole = quant.quantize_nvfp4(x, row_scaled=True)
+    for i in range(9):
+        alone = quant.quantize_nvfp4(x[i : i + 1])
+        assert torch.equal(whole.codes[i : i + 1], alone.codes)
+        assert torch.equal(whole.scales[i : i + 1], alone.scales) and whole.amax[i] == alone.amax
+        assert torch.equal(whole.dequantize()[i], alone.dequantize()[0])
+    assert torch.equal(quant.fake_quantize_nvfp4(x, row_scaled=True), whole.dequantize())
+    assert not torch.equal(quant.fake_quantize_nvfp4(x), whole.dequantize())
+    with pytest.raises(ValueError, match="row_scaled"):
+        quant.quantize_nvfp4(x, (16, 16), row_scaled=True)
+
+
+def fp8(x):
+    """E4M3 with one scale a tensor: the largest magnitude becomes 448 (TE's current scaling)."""
+    scale = 448 / x.double().abs().max()
+    return (x.double() * scale).to(torch.float8_e4m3fn).double() / scale
+
+
+@pytest.mark.parametrize("precision", ["nvfp4", "nvfp4_4over6", "nvfp4_row", "fp8"])
 @pytest.mark.parametrize("tokens, features, out", [(1, 16, 16), (37, 50, 7), (96, 128, 640)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_the_simulated_linear_is_the_product_of_dequantized_operands(tokens, features, out, bias):
+def test_the_simulated_linear_is_the_product_of_dequantized_operands(
+    tokens, features, out, bias, precision
+):
     torch.manual_seed(0)
     layer = nn.Linear(features, out, bias=bias, dtype=torch.bfloat16)
     x = torch.randn(2, tokens, features, dtype=torch.bfloat16)
-    got = simulated(layer, "nvfp4")(x)
-    xq = quant.quantize_nvfp4(x).dequantize(torch.float64)
-    wq = quant.quantize_nvfp4(layer.weight.detach(), (16, 16)).dequantize(torch.float64)
+    got, weight = simulated(layer, precision)(x), layer.weight.detach()
+    if precision == "fp8":
+        xq, wq = fp8(x), fp8(weight)
+    else:
+        how, row_scaled = precision == "nvfp4_4over6", precision == "nvfp4_row"
+        xq = quant.quantize_nvfp4(x, (1, 16), how, row_scaled).dequantize(torch.float64)
+        wq = quant.quantize_nvfp4(weight, (16, 16), how).dequantize(torch.float64)
     expected = xq @ wq.T + (layer.bias.double() if bias else 0)
     # The sum and the result are rounded to BF16 (2^-9 each). TE holds its own kernels to 8e-3; a
     # CPU's BF16 matmul may keep partial sums in BF16, which costs some of that.
