@@ -321,7 +321,7 @@ def _renamed(state, names):
 
 
 def _load(path):
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _refuse_missing(keys):
