@@ -25,8 +25,10 @@ detail and not only the class of what is drawn.
 """
 
 import argparse
+import functools
 import html
 import importlib.util
+import os
 import re
 import sys
 from pathlib import Path
@@ -35,6 +37,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub import model_info, snapshot_download
+from huggingface_hub.utils import HfHubHTTPError
 from PIL import Image
 from torch import nn
 from transformers import (
@@ -58,12 +61,14 @@ class RewardError(ValueError):
 # Preprocessing
 
 
-def pillow_bicubic(size, new_size):
-    """The matrix (new_size, size) float64 by which Pillow's bicubic filter resizes a line of
-    pixels, in its fixed point: integers, 2^22 for 1 (Pillow, Resample.c, precompute_coeffs)."""
+def pillow_bicubic(size, new_size, start, count):
+    """`count` rows, from `start` on, of the matrix (new_size, size) float64 by which Pillow's
+    bicubic filter resizes a line of pixels, in its fixed point: integers, 2^22 for 1 (Pillow,
+    Resample.c, precompute_coeffs)."""
     scale = size / new_size
     stretch = max(scale, 1.0)  # when it shrinks the filter widens: antialiasing
-    centre = (torch.arange(new_size, dtype=torch.float64)[:, None] + 0.5) * scale
+    rows = torch.arange(start, start + count, dtype=torch.float64)
+    centre = (rows[:, None] + 0.5) * scale
     pixel = torch.arange(size, dtype=torch.float64)
     x = ((pixel + 0.5 - centre) / stretch).abs()
     near, far = ((1.5 * x - 2.5) * x) * x + 1, (((x - 5) * x + 8) * x - 4) * -0.5
@@ -85,7 +90,7 @@ def shrink(images, side, centred):
     for size in images.shape[-2:]:
         new_size = int(side * size / shorter)
         start = centred((new_size - side) / 2)
-        lines.append(pillow_bicubic(size, new_size)[start : start + side].to(images.device))
+        lines.append(pillow_bicubic(size, new_size, start, side).to(images.device))
     for matrix in reversed(lines):  # along x, then y: Pillow's order (its 13th version may swap)
         images = (matrix @ images.double().mT + 2**21).div(2**22).floor().clamp(0, 255)
     return images
@@ -126,7 +131,8 @@ def square_pixels(images, side):
 
 
 class CLIPScore:
-    """Cosine of image and text embeddings: the paper's scale, not 100 times it nor cut off at 0."""
+    """Cosine of image and text embeddings, the scale of Sol-RL's tables: not 100 times it, not cut
+    off at 0."""
 
     weights = vocabulary = "openai/clip-vit-large-patch14"
 
@@ -138,8 +144,12 @@ class CLIPScore:
 
     def load(self, files):
         folder = files(self.weights, "config.json", "model.safetensors")
-        clip, info = CLIPModel.from_pretrained(folder, output_loading_info=True)
-        _refuse_missing(info["missing_keys"])
+        clip, info = CLIPModel.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True
+        )
+        for what in ("missing", "unexpected"):
+            for key in sorted(info[f"{what}_keys"])[:1]:
+                raise ValueError(f"{what} key {key} in its weights")
         return clip
 
     def pixels(self, images):
@@ -166,8 +176,8 @@ class CLIPScore:
 
 
 class PickScore(CLIPScore):
-    """CLIP-H fine-tuned on choices between pictures: logit scale times cosine, over 26, which
-    brings it near 1 (arXiv 2305.01569)."""
+    """CLIP-H fine-tuned on choices between pictures (arXiv 2305.01569): logit scale times cosine,
+    over 26, as is usual in reinforcement learning, which brings it near 1."""
 
     weights = "yuvalkirstain/PickScore_v1"
     vocabulary = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -324,11 +334,6 @@ def _load(path):
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _refuse_missing(keys):
-    if keys:
-        raise ValueError(f"its weights lack {sorted(keys)[0]}")
-
-
 def _folder_files(folder):
     """`files` of a folder that holds repositories under their hub ids."""
 
@@ -337,7 +342,7 @@ def _folder_files(folder):
         if not path.is_dir():
             raise RewardError(
                 f"--reward_weights {folder}: {path} is not there; "
-                f"hf download {hub_id} --local-dir {path}"
+                f"hf download {hub_id} --include {' '.join(patterns)} --local-dir {path}"
             )
         return path
 
@@ -347,7 +352,10 @@ def _folder_files(folder):
 def _hub_files(hub_id, *patterns):
     """`files` of the hub, or of its cache on this machine where the hub cannot be reached."""
     try:
-        model_info(hub_id, timeout=5)  # one question, where a download would ask for a minute
+        try:
+            model_info(hub_id, timeout=5)  # one question, where a download would ask for a minute
+        except HfHubHTTPError:
+            pass  # there is a hub; what it does not like the download will say
         return Path(snapshot_download(hub_id, allow_patterns=patterns))
     except Exception as error:  # of the network, and of several libraries
         try:
@@ -362,7 +370,7 @@ def _hub_files(hub_id, *patterns):
 def _line(error):
     """An error's text in one line; of a thousand wrong keys only the first few."""
     line = " ".join(str(error).split()) or type(error).__name__
-    return line if len(line) < 200 else line[:200] + " ..."
+    return line if len(line) < 400 else line[:400] + " ..."
 
 
 # ---------------------------------------------------------------------------------------------
@@ -386,7 +394,10 @@ class Reward:
         _check_images(images, prompts)
         metadata = metadata or [{} for _ in prompts]
         found = {name: _scores(name, f, images, prompts, metadata) for name, _, f in self.parts}
-        return found | {"weighted_sum": sum(w * found[name] for name, w, _ in self.parts)}
+        total = sum(w * found[name] for name, w, _ in self.parts)
+        if not torch.isfinite(total).all():
+            raise RewardError(f"the weighted sum of {', '.join(found)} is not a finite number")
+        return found | {"weighted_sum": total}
 
 
 def build_reward(spec, device="cpu", tiny=False, weights=None, option="--reward"):
@@ -406,6 +417,8 @@ def build_reward(spec, device="cpu", tiny=False, weights=None, option="--reward"
             own = name == "clipscore" and tiny
             try:
                 function = PUBLISHED[name](device, _tiny_files(tiny) if own else files)
+            except torch.OutOfMemoryError:
+                raise
             except RewardError as error:
                 raise RewardError(f"{option} {name}: {error}") from error
             except Exception as error:  # they raise whatever a broken file makes them stumble over
@@ -424,8 +437,8 @@ def _tiny_files(tiny):
 
 
 def read_spec(spec, option="--reward"):
-    """A spec -> [(name, weight, the user's function, or None for a published reward)]. Loads no
-    weights, so it can be called before any work is done. Raises RewardError."""
+    """A spec -> [(name, weight, the user's function, or None for a published reward)]. Executes
+    the user's files, once each, and loads no weights. Raises RewardError."""
     parts = []
     for item in spec.split(","):
         name, _, weight = item.strip().rpartition(":")
@@ -450,19 +463,27 @@ def _function(name, option):
     if not path.endswith(".py"):
         known = ", ".join(PUBLISHED)
         raise RewardError(f"{option} {name!r}: not one of {known}, nor path/to/file.py:function")
-    if not Path(path).is_file():
-        raise RewardError(f"{option} {name!r}: there is no file {path}")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        module = _module(os.path.abspath(path), os.stat(path).st_mtime_ns)
+    except FileNotFoundError as error:
+        raise RewardError(f"{option} {name!r}: there is no file {path}") from error
     except (Exception, SystemExit) as error:
         raise RewardError(
-            f"{option} {name!r}: {path} fails to import: {type(error).__name__}: {error}"
+            f"{option} {name!r}: {path} fails to import: {type(error).__name__}: {_line(error)}"
         ) from error
     if not callable(getattr(module, function, None)):
         raise RewardError(f"{option} {name!r}: {path} has no function {function}")
     return getattr(module, function)
+
+
+@functools.cache
+def _module(path, changed):
+    """The user's file as a module, executed once however often it is asked for."""
+    name = f"reward_{Path(path).stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
 
 
 def _check_images(images, prompts):
@@ -483,8 +504,10 @@ def _scores(name, function, images, prompts, metadata):
     try:
         scores = torch.as_tensor(function(images, prompts, metadata))
         scores = scores.detach().to("cpu", torch.float32)
-    except Exception as error:
-        raise RewardError(f"{about} raised {type(error).__name__}: {error}") from error
+    except torch.OutOfMemoryError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise RewardError(f"{about} raised {type(error).__name__}: {_line(error)}") from error
     if scores.shape != (len(prompts),):
         raise RewardError(f"{about} returned shape {tuple(scores.shape)}, not ({len(prompts)},)")
     if not torch.isfinite(scores).all():
@@ -500,11 +523,12 @@ def _scores(name, function, images, prompts, metadata):
 def read_image(path):
     """A picture file -> float32 (1, 3, H, W) in [0, 1]. Raises RewardError."""
     try:
-        pixels = np.asarray(Image.open(path).convert("RGB"))
-    except OSError as error:  # Pillow's for what is no picture is one too
-        raise RewardError(
-            f"{path}: {error.strerror or 'not a picture that can be read'}"
-        ) from error
+        image = Image.open(path)
+        if image.mode.startswith(("I", "F")):
+            raise ValueError("more than 8 bits a channel")
+        pixels = np.asarray(image.convert("RGB"))
+    except Exception as error:  # Pillow has many for what is no picture
+        raise RewardError(f"{path}: {getattr(error, 'strerror', None) or _line(error)}") from error
     return torch.tensor(pixels).permute(2, 0, 1)[None] / 255
 
 
@@ -527,8 +551,8 @@ def main(argv=None):
         images = [read_image(path) for path in options.images]
         reward = build_reward(options.reward, options.device, options.tiny, options.reward_weights)
         scores = [reward.scores(image, [options.prompt]) for image in images]
-    except RewardError as error:
-        print(f"reward.py: error: {error}", file=sys.stderr)
+    except (RewardError, torch.OutOfMemoryError) as error:
+        print(f"reward.py: error: {_line(error)}", file=sys.stderr)
         return 2
     names = list(scores[0]) if len(reward.parts) > 1 else [reward.parts[0][0]]
     print("  ".join(f"{name:>12}" for name in names))

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 STORED = Path(__file__).with_suffix(".json")
-SIZES = [(40, 40), (32, 32), (48, 81), (91, 50), (2, 2), (37, 37), (20, 26)]  # height, width
+SIZES = [(40, 40), (32, 32), (48, 81), (91, 50), (2, 2), (37, 37), (20, 27)]  # height, width
 PROMPTS = [
     "a small plain red ring at the top",
     "",
