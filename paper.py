@@ -2,7 +2,7 @@
 
     python paper.py fidelity           # does NVFP4 rank as BF16 does? (Table 8; 2 minutes)
     python paper.py families           # the four rollout families, 3 models, 3 seeds (40 minutes)
-    python paper.py ladder             # precisions and steps of exploring, 3 models (80 minutes)
+    python paper.py ladder             # precisions and steps of exploring, 3 models (2 hours)
 
 `fidelity` prints the paper's figures beside its own and draws docs/candidates.png. The other two
 run train.py, under runs/families/ and runs/ladder/ (a run that is complete there is not run
