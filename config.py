@@ -221,7 +221,7 @@ def _check(c):
     if c.device == "auto":
         c.device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        if torch.device(c.device).type not in ("cpu", "cuda", "mps"):
+        if torch.device(c.device).type not in ("cpu", "cuda"):
             raise RuntimeError
         torch.empty(1, device=c.device)
     except (RuntimeError, AssertionError) as error:

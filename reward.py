@@ -30,6 +30,7 @@ import html
 import importlib.util
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -42,6 +43,7 @@ from PIL import Image
 from torch import nn
 from transformers import (
     AutoTokenizer,
+    BertTokenizer,
     BlipTextConfig,
     BlipTextModel,
     BlipVisionConfig,
@@ -127,7 +129,8 @@ def square_pixels(images, side):
 
 
 # ---------------------------------------------------------------------------------------------
-# The published rewards. `files(hub_id, *patterns)` is the folder with a repository's files.
+# The published rewards. Each says what files of which repositories it `needs`, and is made of a
+# device and {repository: folder}.
 
 
 class CLIPScore:
@@ -135,22 +138,21 @@ class CLIPScore:
     off at 0."""
 
     weights = vocabulary = "openai/clip-vit-large-patch14"
+    needs = {weights: ("*.json", "*.txt", "model.safetensors")}
 
-    def __init__(self, device, files):
-        words = files(self.vocabulary, "*.json", "*.txt")
-        self.tokenizer = AutoTokenizer.from_pretrained(words)
-        self.clip = self.load(files).to(device).eval().requires_grad_(False)
-        self.side = self.clip.config.vision_config.image_size
-
-    def load(self, files):
-        folder = files(self.weights, "config.json", "model.safetensors")
+    def __init__(self, device, folders):
+        self.tokenizer = AutoTokenizer.from_pretrained(folders[self.vocabulary])
         clip, info = CLIPModel.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True
+            **self.saved(folders), dtype=torch.float32, output_loading_info=True
         )
         for what in ("missing", "unexpected"):
             for key in sorted(info[f"{what}_keys"])[:1]:
                 raise ValueError(f"{what} key {key} in its weights")
-        return clip
+        self.clip = clip.to(device).eval().requires_grad_(False)
+        self.side = clip.config.vision_config.image_size
+
+    def saved(self, folders):
+        return {"pretrained_model_name_or_path": folders[self.weights]}
 
     def pixels(self, images):
         return clip_pixels(images, self.side)
@@ -181,6 +183,7 @@ class PickScore(CLIPScore):
 
     weights = "yuvalkirstain/PickScore_v1"
     vocabulary = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    needs = {vocabulary: ("*.json", "*.txt"), weights: ("config.json", "model.safetensors")}
 
     def __call__(self, images, prompts, metadata):
         return self.clip.logit_scale.exp() * super().__call__(images, prompts, metadata) / 26
@@ -192,12 +195,15 @@ class HPSv2(CLIPScore):
 
     weights, file = "xswu/HPSv2", "HPS_v2.1_compressed.pt"
     vocabulary = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # and the sizes: the same network
+    needs = {vocabulary: ("*.json", "*.txt"), weights: (file,)}
 
-    def load(self, files):
-        clip = CLIPModel(CLIPConfig.from_pretrained(files(self.vocabulary, "*.json", "*.txt")))
-        saved = _load(files(self.weights, self.file) / self.file)["state_dict"]
-        clip.load_state_dict(from_open_clip(saved))
-        return clip
+    def saved(self, folders):
+        state = _load(folders[self.weights] / self.file)["state_dict"]
+        return {
+            "pretrained_model_name_or_path": None,
+            "config": CLIPConfig.from_pretrained(folders[self.vocabulary]),
+            "state_dict": from_open_clip(state),
+        }
 
     def pixels(self, images):
         return square_pixels(images, self.side)
@@ -246,6 +252,7 @@ class ImageReward(nn.Module):
 
     weights, file = "THUDM/ImageReward", "ImageReward.pt"
     vocabulary = "google-bert/bert-base-uncased"
+    needs = {vocabulary: ("vocab.txt",), weights: (file,)}
     mean, std = 0.16717362830052426, 1.0333394966054072
     eyes = dict(
         hidden_size=1024,
@@ -263,7 +270,6 @@ class ImageReward(nn.Module):
         num_hidden_layers=12,
         num_attention_heads=12,
         max_position_embeddings=512,
-        layer_norm_eps=1e-12,
     )
     names = {  # its checkpoint's -> transformers'
         r"^blip\.visual_encoder\.": "vision.",
@@ -278,13 +284,16 @@ class ImageReward(nn.Module):
         r"^blip\.text_encoder\.": "text.",
         r"^mlp\.layers\.": "head.",
     }
-    unused = r"blip\.(vision_proj|text_proj)\..*|blip\.text_encoder\.embeddings\.position_ids"
+    # BLIP's own pretraining: its heads, queues and moving averages.
+    unused = (
+        r"blip\.(vision_proj|text_proj|itm_head|temp|image_queue|text_queue|queue_ptr|\w+_m)(\..*)?"
+        r"|blip\.text_encoder\.embeddings\.position_ids"
+    )
 
-    def __init__(self, device, files):
+    def __init__(self, device, folders):
         super().__init__()
-        words = files(self.vocabulary, "*.json", "vocab.txt")
-        self.tokenizer = AutoTokenizer.from_pretrained(words)
-        self.vision = BlipVisionModel(BlipVisionConfig(hidden_act="gelu", **self.eyes))
+        self.tokenizer = BertTokenizer.from_pretrained(folders[self.vocabulary])
+        self.vision = BlipVisionModel(BlipVisionConfig(**self.eyes))
         reader = BlipTextConfig(encoder_hidden_size=self.eyes["hidden_size"], **self.reader)
         self.text = BlipTextModel(reader, add_pooling_layer=False)
         sizes = (reader.hidden_size, 1024, 128, 64, 16, 1)
@@ -293,7 +302,7 @@ class ImageReward(nn.Module):
         for place, n, m in zip(places, sizes, sizes[1:]):
             layers[place] = nn.Linear(n, m)
         self.head = nn.Sequential(*layers)
-        state = _load(files(self.weights, self.file) / self.file)
+        state = _load(folders[self.weights] / self.file)
         state = {k: v for k, v in state.items() if not re.fullmatch(self.unused, k)}
         self.load_state_dict(_renamed(state, self.names))
         self.to(device).eval().requires_grad_(False)
@@ -334,32 +343,32 @@ def _load(path):
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _folder_files(folder):
-    """`files` of a folder that holds repositories under their hub ids."""
-
-    def files(hub_id, *patterns):
-        path = Path(folder, hub_id)
-        if not path.is_dir():
+def _in_folder(root, hub_id, patterns):
+    """A repository's folder under `root`, where repositories are under their hub ids."""
+    path = Path(root, hub_id)
+    for pattern in patterns:
+        if not any(path.glob(pattern)):
+            wanted = " ".join(f"--include '{pattern}'" for pattern in patterns)
             raise RewardError(
-                f"--reward_weights {folder}: {path} is not there; "
-                f"hf download {hub_id} --include {' '.join(patterns)} --local-dir {path}"
+                f"--reward_weights {root}: no {path / pattern}; "
+                f"hf download {hub_id} {wanted} --local-dir {shlex.quote(str(path))}"
             )
-        return path
-
-    return files
+    return path
 
 
-def _hub_files(hub_id, *patterns):
-    """`files` of the hub, or of its cache on this machine where the hub cannot be reached."""
+def _from_hub(hub_id, patterns):
+    """A repository's folder from the hub, or from its cache on this machine where the hub cannot
+    be reached."""
     try:
         try:
             model_info(hub_id, timeout=5)  # one question, where a download would ask for a minute
         except HfHubHTTPError:
             pass  # there is a hub; what it does not like the download will say
-        return Path(snapshot_download(hub_id, allow_patterns=patterns))
+        return Path(snapshot_download(hub_id, allow_patterns=list(patterns)))
     except Exception as error:  # of the network, and of several libraries
         try:
-            return Path(snapshot_download(hub_id, allow_patterns=patterns, local_files_only=True))
+            kept = dict(allow_patterns=list(patterns), local_files_only=True)
+            return Path(snapshot_download(hub_id, **kept))
         except Exception:
             raise RewardError(
                 f"{hub_id} cannot be fetched ({_line(error)}); "
@@ -383,7 +392,6 @@ class Reward:
 
     def __init__(self, parts):
         self.parts = parts  # (name, weight, function)
-        self.names = {name for name, *_ in parts}
 
     def __call__(self, images, prompts, metadata=None):
         return self.scores(images, prompts, metadata)["weighted_sum"]
@@ -410,13 +418,20 @@ def build_reward(spec, device="cpu", tiny=False, weights=None, option="--reward"
     """
     parts = read_spec(spec, option)
     transformers_logging.disable_progress_bar()  # loading bars, over before they can be read
-    files = _folder_files(weights) if weights else _hub_files
+    transformers_logging.set_verbosity_error()  # its tables of wrong keys; here they are errors
     made = []
     for name, weight, function in parts:
         if function is None:
-            own = name == "clipscore" and tiny
+            cls, folders = PUBLISHED[name], {}
             try:
-                function = PUBLISHED[name](device, _tiny_files(tiny) if own else files)
+                for hub_id, patterns in cls.needs.items():
+                    if tiny and name == "clipscore":
+                        folders[hub_id] = _tiny_clip(tiny)
+                    elif weights:
+                        folders[hub_id] = _in_folder(weights, hub_id, patterns)
+                    else:
+                        folders[hub_id] = _from_hub(hub_id, patterns)
+                function = cls(device, folders)
             except torch.OutOfMemoryError:
                 raise
             except RewardError as error:
@@ -427,13 +442,13 @@ def build_reward(spec, device="cpu", tiny=False, weights=None, option="--reward"
     return Reward(made)
 
 
-def _tiny_files(tiny):
-    """`files` of the tiny CLIP."""
+def _tiny_clip(tiny):
+    """The tiny CLIP's folder."""
     if tiny is True:
         from tiny import ensure  # only here: the tiny world stands on rewards, not under them
 
         tiny = ensure()
-    return lambda *_: Path(tiny) / "clip"
+    return Path(tiny) / "clip"
 
 
 def read_spec(spec, option="--reward"):
@@ -463,10 +478,10 @@ def _function(name, option):
     if not path.endswith(".py"):
         known = ", ".join(PUBLISHED)
         raise RewardError(f"{option} {name!r}: not one of {known}, nor path/to/file.py:function")
+    if not Path(path).is_file():
+        raise RewardError(f"{option} {name!r}: there is no file {path}")
     try:
         module = _module(os.path.abspath(path), os.stat(path).st_mtime_ns)
-    except FileNotFoundError as error:
-        raise RewardError(f"{option} {name!r}: there is no file {path}") from error
     except (Exception, SystemExit) as error:
         raise RewardError(
             f"{option} {name!r}: {path} fails to import: {type(error).__name__}: {_line(error)}"
@@ -502,7 +517,10 @@ def _scores(name, function, images, prompts, metadata):
     """One reward's scores as float32 (n,) on the CPU, or a RewardError that says what is wrong."""
     about = f"reward {name} for prompt {prompts[0]!r}"
     try:
-        scores = torch.as_tensor(function(images, prompts, metadata))
+        # Copies: what a function writes into its arguments must not reach the next one.
+        scores = torch.as_tensor(function(images.clone(), list(prompts), metadata))
+        if scores.is_complex():
+            raise ValueError("its scores are complex numbers")
         scores = scores.detach().to("cpu", torch.float32)
     except torch.OutOfMemoryError:
         raise

@@ -275,9 +275,11 @@ class Run:
 
     def __init__(self, config):
         c = self.config = config
-        for name in ("reward", "eval_rewards"):  # what is wrong there should not wait for models
-            if getattr(c, name):
-                read_spec(getattr(c, name), f"--{name}")
+        # What is wrong there should not wait for models.
+        trained_on = [name for name, *_ in read_spec(c.reward)]
+        for name, *_ in read_spec(c.eval_rewards, "--eval_rewards") if c.eval_rewards else ():
+            if name in trained_on:
+                raise RewardError(f"--eval_rewards {name}: trained on, and so measured anyway")
         self.train, self.held_out, self.notes = split_prompts(c)
         folder = models.MODELS[c.model].published if c.pretrained == "published" else c.pretrained
         if folder:
@@ -288,8 +290,6 @@ class Run:
         self.reward, self.eval_rewards = build_reward(c.reward, **how), None
         if c.eval_rewards:
             self.eval_rewards = build_reward(c.eval_rewards, **how, option="--eval_rewards")
-            for name in self.eval_rewards.names & self.reward.names:
-                raise RewardError(f"--eval_rewards {name}: trained on, and so measured anyway")
         if not folder:
             import tiny  # with its training code, which a pretrained model does without
 

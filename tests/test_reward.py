@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import BertTokenizer, CLIPConfig
+from transformers import CLIPConfig
 
 import reward as rewards
 from reward import RewardError, build_reward
@@ -32,6 +32,10 @@ def mine(tmp_path):
         "def nan(images, prompts, metadata):\n"
         "    return [float('nan') if p == 'b' else 0.0 for p in prompts]\n"
         "def broken(images, prompts, metadata):\n    raise KeyError('x')\n"
+        "def phases(images, prompts, metadata):\n    return [1j, 2j]\n"
+        "def huge(images, prompts, metadata):\n    return [3e38, 0.0]\n"
+        "def writes(images, prompts, metadata):\n"
+        "    prompts.reverse()\n    return images.mul_(0).sum(dim=(1, 2, 3))\n"
     )
     return path
 
@@ -52,6 +56,7 @@ def test_weights_sum_raw_scores_and_metadata_arrives(mine):
     "function, message",
     [
         ("short", r"shape \(1,\)"),
+        ("phases", "prompt 'a' raised ValueError: its scores are complex"),
         ("nan", "NaN or infinity for prompt 'b'"),
         ("broken", "prompt 'a' raised KeyError"),
     ],
@@ -61,8 +66,19 @@ def test_scores_that_cannot_be_used_name_the_prompt(mine, function, message):
         build_reward(f"{mine}:{function}")(IMAGES, ["a", "b"])
 
 
+def test_a_reward_that_writes_into_its_arguments_changes_nothing_else(mine):
+    found = build_reward(f"{mine}:writes,{mine}:red").scores(images := IMAGES.clone(), ["a", "b"])
+    assert found["mine.py:red"].tolist() == [0, 1] and torch.equal(images, IMAGES)
+
+
+def test_a_sum_that_overflows_is_an_error(mine):
+    with pytest.raises(RewardError, match="weighted sum of mine.py:huge is not a finite"):
+        build_reward(f"{mine}:huge:2")(IMAGES, ["a", "b"])
+
+
 @pytest.mark.parametrize(
-    "spec", ["nothing", "", "clipscore,", "none.py:f", "clipscore:1:2", "x:nan"]
+    "spec",
+    ["nothing", "", "clipscore,", "none.py:f", "clipscore:1:2", "x:nan", "clipscore:0"],
 )
 def test_unknown_specs_are_refused_before_any_weights_are_loaded(spec):
     with pytest.raises(RewardError, match="--reward"):
@@ -72,6 +88,18 @@ def test_unknown_specs_are_refused_before_any_weights_are_loaded(spec):
 def test_a_missing_function_is_refused(mine):
     with pytest.raises(RewardError, match="no function blue"):
         build_reward(f"{mine}:blue")
+
+
+def test_a_file_that_misses_another_is_not_itself_called_missing(tmp_path):
+    (tmp_path / "mine.py").write_text("open('/nowhere/vocabulary.txt')\n")
+    with pytest.raises(RewardError, match="mine.py fails to import: FileNotFoundError.*vocabulary"):
+        build_reward(f"{tmp_path / 'mine.py'}:f")
+
+
+def test_a_missing_package_is_named_with_the_command(monkeypatch):
+    monkeypatch.setattr(rewards.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RewardError, match="--reward hpsv2: needs a package; pip install ftfy"):
+        build_reward("hpsv2")
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +215,6 @@ def hub(tmp_path_factory):
     bert = root / rewards.ImageReward.vocabulary
     bert.mkdir(parents=True)
     (bert / "vocab.txt").write_text("\n".join(SCORES["bert_vocabulary"]), encoding="utf-8")
-    BertTokenizer.from_pretrained(bert).save_pretrained(bert)
     for cls, saved in (
         (rewards.HPSv2, {"epoch": 1, "state_dict": states["hpsv2"]}),
         (rewards.ImageReward, states["imagereward"]),
@@ -224,6 +251,38 @@ def test_a_published_reward_is_its_originals_function(name, hub, small):
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_reward_scores_the_picture_that_would_be_saved(name, hub, small):
+    reward = build_reward(name, weights=hub)
+    images = tensor(originals.images()[0])
+    nearly = (images + 0.4 / 255).clamp(max=1)  # the same in 8 bits
+    assert torch.equal(reward(images, ["a"]), reward(nearly, ["a"]))
+
+
+def test_hpsv2_cleans_its_prompts(hub):
+    reward, image = build_reward("hpsv2", weights=hub), torch.rand(1, 3, 32, 32)
+    assert reward(image, ["  caf\u00c3\u00a9 &amp;amp; b "]) == reward(image, ["caf\u00e9 & b"])
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_weights_saved_in_half_precision_are_computed_with_in_float32(name, hub, small, tmp_path):
+    root, cls = tmp_path / "hub", rewards.PUBLISHED[name]
+    shutil.copytree(hub, root)
+    path = root / cls.weights / getattr(cls, "file", "model.safetensors")
+    whole = path.suffix == ".safetensors"
+    load, save = (load_file, save_file) if whole else (torch.load, torch.save)
+    saved = load(path)
+    state = saved.get("state_dict", saved)
+    state |= {name: value.half() for name, value in state.items()}
+    save(saved, path, *([{"format": "pt"}] if whole else []))
+    half, images = build_reward(name, weights=root), torch.rand(2, 3, 40, 32)
+    assert {p.dtype for p in vars(half.parts[0][2]).get("clip", half.parts[0][2]).parameters()} == {
+        torch.float32
+    }
+    single = build_reward(name, weights=hub)(images, ["a", "b"])
+    torch.testing.assert_close(half(images, ["a", "b"]), single, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_reward_does_not_depend_on_the_batch(name, hub, small):
     reward, images = build_reward(name, weights=hub), torch.rand(6, 3, 40, 32)
     together = reward(images, originals.PROMPTS)
@@ -234,21 +293,23 @@ def test_a_published_reward_does_not_depend_on_the_batch(name, hub, small):
 @pytest.mark.parametrize(
     "name, damage, says",
     [
-        ("hpsv2", "missing", "Missing key"),
-        ("hpsv2", "unexpected", "Unexpected key"),
+        ("hpsv2", "missing", "missing key"),
+        ("hpsv2", "unexpected", "unexpected key more"),
         ("hpsv2", "pickle", "[Ww]eights.only"),
         ("imagereward", "missing", "Missing key"),
         ("imagereward", "unexpected", "Unexpected key"),
         ("imagereward", "pickle", "[Ww]eights.only"),
-        ("imagereward", "cut", "."),
+        ("imagereward", "cut", "PytorchStreamReader failed"),
         ("pickscore", "missing", "missing key"),
         ("pickscore", "unexpected", "unexpected key more"),
-        ("pickscore", "cut", "."),
-        ("clipscore", "gone", "hf download openai/clip-vit-large-patch14"),
+        ("pickscore", "cut", "SafetensorError|incomplete|deserializ"),
+        ("clipscore", "gone", "hf download openai/clip-vit-large-patch14 --include '[*].json' "),
+        ("hpsv2", "gone", "hf download xswu/HPSv2 --include 'HPS_v2.1_compressed.pt' --local-dir "),
+        ("imagereward", "empty", "no .*ImageReward.pt; hf download THUDM/ImageReward "),
     ],
 )
 def test_weights_that_are_not_the_rewards_are_refused_in_a_line(
-    name, damage, says, hub, small, tmp_path
+    name, damage, says, hub, small, tmp_path, capfd
 ):
     root, cls = tmp_path / "hub", rewards.PUBLISHED[name]
     shutil.copytree(hub, root)
@@ -256,6 +317,8 @@ def test_weights_that_are_not_the_rewards_are_refused_in_a_line(
     path = folder / getattr(cls, "file", "model.safetensors")
     if damage == "gone":
         shutil.rmtree(folder)
+    elif damage == "empty":
+        path.unlink()
     elif damage == "cut":
         path.write_bytes(path.read_bytes()[:-1000])
     else:
@@ -271,6 +334,7 @@ def test_weights_that_are_not_the_rewards_are_refused_in_a_line(
         build_reward(name, weights=root)
     assert "\n" not in str(error.value) and str(error.value).startswith(f"--reward {name}: ")
     assert not (tmp_path / "ran").exists()
+    assert capfd.readouterr().err == ""  # libraries have nothing to add
 
 
 class Runs:
@@ -296,6 +360,38 @@ def test_without_the_hub_a_published_reward_says_what_would_do_and_soon(monkeypa
     monkeypatch.setattr(rewards, "snapshot_download", snapshot_download)
     with pytest.raises(RewardError, match="Name or service.*--reward_weights FOLDER"):
         build_reward("pickscore")
+
+
+def test_without_the_hub_its_cache_will_do(monkeypatch, hub, small):
+    def unreachable(hub_id, timeout):
+        raise ConnectionError
+
+    def cache(hub_id, allow_patterns, local_files_only=False):
+        assert local_files_only and all(any((hub / hub_id).glob(p)) for p in allow_patterns)
+        return str(hub / hub_id)
+
+    monkeypatch.setattr(rewards, "model_info", unreachable)
+    monkeypatch.setattr(rewards, "snapshot_download", cache)
+    image = torch.rand(1, 3, 32, 32)
+    for name in PUBLISHED:
+        assert build_reward(name)(image, ["a"]) == build_reward(name, weights=hub)(image, ["a"])
+
+
+def test_what_the_hub_refuses_is_said_by_the_download(monkeypatch):
+    class Refused(rewards.HfHubHTTPError):
+        def __init__(self, says):
+            Exception.__init__(self, says)
+
+    def refuse(hub_id, timeout):
+        raise Refused("401")
+
+    def download(hub_id, allow_patterns, local_files_only=False):
+        raise FileNotFoundError if local_files_only else Refused("gated: ask for access")
+
+    monkeypatch.setattr(rewards, "model_info", refuse)
+    monkeypatch.setattr(rewards, "snapshot_download", download)
+    with pytest.raises(RewardError, match="gated: ask for access"):
+        build_reward("imagereward")
 
 
 def test_a_file_is_executed_once_and_may_hold_dataclasses(tmp_path):
