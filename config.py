@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+import checkpoint
 import models
 import quant
 from engine import EngineError
@@ -91,7 +92,10 @@ class Config:
     ema_decay: float = option(0.9, "decay of the EMA policy, which is evaluated and saved")
     seed: int = option(0, "run seed")
     output_dir: str = option("", "the run's folder; default runs/<model>_<family>_<time>")
-    resume: str = option("", "a run's folder to continue from its last checkpoint")
+    checkpoint_every: int = option(10, "iterations between checkpoints")
+    keep_checkpoints: int = option(2, "how many of the last checkpoints are kept")
+    resume: str = option("", "a run's folder to continue from its last checkpoint, or latest")
+    force: str = option("", "options that a resumed run may change, as NAME,NAME")
     device: str = option("auto", "auto, cpu, cuda, cuda:N")
     report_to: str = option("none", "also log to", ("none", "tensorboard", "wandb"))
 
@@ -102,6 +106,7 @@ TINY = dict(
     resolution=32,
     min_dim=0,
     eval_every=5,
+    checkpoint_every=5,
     eval_images=4,
     micro_batch=48,
     gradient_checkpointing=False,
@@ -141,7 +146,7 @@ def parse(argv, description=None):
         parser.add_argument(f"--{name}", help=about, **kind)
     given = vars(parser.parse_args(argv))
     if given.get("resume"):
-        config = _resumed_config(Path(given["resume"]), given)
+        config = _resumed_config(given)
     else:
         config = Config(**(defaults(given.get("model", "sana"), given.get("pretrained")) | given))
     if not config.output_dir:
@@ -163,36 +168,51 @@ def command(config):
     for name, value in options.items():
         if isinstance(value, bool):
             words.append(f"--{name}" if value else f"--no-{name}")
-        elif name not in ("model", "resume", "device", "output_dir"):
+        elif name not in ("model", "resume", "force", "device", "output_dir"):
             words.append(f"--{name} {shlex.quote(str(value))}")
     return " ".join(["python train.py", *words])
 
 
-def _resumed_config(folder, given):
+def _resumed_config(given):
+    """The options of the run that --resume names, changed as the command line may."""
+    folder = given["resume"]
+    if folder == "latest":
+        runs = [(path.stat().st_mtime, path) for path in Path("runs").glob("*/checkpoints")]
+        if not runs:
+            raise OptionError("--resume latest: there is no run with checkpoints in runs/")
+        folder = str(max(runs)[1].parent)
     try:
-        saved = json.loads((folder / "config.json").read_text())["config"]
-        config = Config(**saved)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise OptionError(f"--resume {folder}: no readable config.json of a run there") from error
-    free = {"resume", "steps", "device"}
-    saved_steps = sorted((folder / "checkpoints").glob("step_*.safetensors"))
-    if not saved_steps:
-        raise OptionError(f"--resume {folder}: there is no checkpoint in it")
-    changed = [k for k, v in given.items() if k not in free and v != saved[k]]
-    if changed:
-        raise OptionError(
-            f"--resume {folder}: --{changed[0]} differs from the run's; start a new run"
+        path, about, *_ = checkpoint.newest(folder)
+    except checkpoint.CheckpointError as error:
+        raise OptionError(str(error)) from error
+    saved = about["options"]
+    fields = {field.name: field for field in dataclasses.fields(Config)}
+    for name, value in saved.items():
+        allowed = (int, float) if name in fields and fields[name].type is float else None
+        if name not in fields or not isinstance(value, allowed or fields[name].type):
+            raise OptionError(f"--resume {folder}: {path} has the option {name} = {value!r}")
+        if fields[name].metadata["choices"] and value not in fields[name].metadata["choices"]:
+            raise OptionError(f"--resume {folder}: {path} has {name} = {value!r}")
+    changed = {k: v for k, v in given.items() if k != "force" and saved.get(k) != v}
+    forced = set(filter(None, given.get("force", "").split(",")))
+    refused = changed.keys() - checkpoint.FREE - forced
+    if refused:
+        each = ", ".join(
+            f"--{k} was {saved.get(k)!r} and is {changed[k]!r}" for k in sorted(refused)
         )
-    given = {k: v for k, v in given.items() if k in free}
-    config = dataclasses.replace(config, **given, output_dir=str(folder))
-    done = int(saved_steps[-1].stem.split("_")[1])
-    if done >= config.steps:
-        raise OptionError(f"--resume {folder}: it has done {done} steps; give more --steps")
+        raise OptionError(f"--resume {folder}: {each}; --force {','.join(sorted(refused))} goes on")
+    config = Config(**saved | changed)
+    config.resume = config.output_dir = folder
+    if about["step"] >= config.steps:
+        raise OptionError(
+            f"--resume {folder}: it has done {about['step']} steps; give more --steps"
+        )
     return config
 
 
 def _check(c):
     counts = "steps prompts_per_step pool keep explore_steps rollout_steps eval_steps eval_every"
+    counts += " checkpoint_every keep_checkpoints"
     for name in f"resolution {counts} eval_images micro_batch lora_rank".split():
         if getattr(c, name) < 1:
             raise OptionError(f"--{name} {getattr(c, name)}: must be at least 1")

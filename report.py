@@ -98,6 +98,10 @@ class Report:
             line |= {"eval/gain": gain, "eval/gain_standard_error": error}
             text += f"  gain {gain:+.4f} +- {error:.4f}"
         self.evaluations.append({"step": step} | line | {"eval/rewards": rewards})
+        if self.history:
+            self.history[-1] |= self.evaluations[-1]
+        self._write_history()
+        self.tracker(step, line)
         tqdm.write(text)
 
     def step(self, step, metrics):
@@ -106,10 +110,8 @@ class Report:
         metrics |= {f"time/{k}": seconds[k] - self.spent[k] for k in seconds}
         self.spent = dict(seconds)
         self.history.append({"step": step} | metrics)
-        if self.evaluations and self.evaluations[-1]["step"] == step:
-            self.history[-1] |= self.evaluations[-1]
         self._write_history()
-        self.tracker(step, {k: v for k, v in self.history[-1].items() if k != "eval/rewards"})
+        self.tracker(step, metrics)
         tqdm.write(
             f"step {step:4d}  reward {metrics['reward/mean']:.4f} "
             f"({metrics['reward/worst']:.3f} to {metrics['reward/best']:.3f})  "
@@ -119,24 +121,32 @@ class Report:
         )
 
     def _write_history(self):
+        _write(self.folder / "metrics.jsonl", self.log())
+
+    def log(self):
+        """What metrics.jsonl holds."""
         before = [line for line in self.evaluations[:1] if line["step"] == 0]
         clean = [
             {k: None if v != v else v for k, v in line.items()}  # JSON has no nan
             for line in before + self.history
         ]
-        _write(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in clean))
+        return "".join(json.dumps(line) + "\n" for line in clean)
 
-    def rewind(self, step):
-        """Take up the lines of the run that is resumed, up to `step`."""
-        for text in (self.folder / "metrics.jsonl").read_text().splitlines():
-            line = {k: math.nan if v is None else v for k, v in json.loads(text).items()}
-            if line["step"] > step:
-                break
+    def resumed(self, path, lines, notes):
+        """Take up a checkpoint's log; returns its step."""
+        for line in lines:
+            line = {k: math.nan if v is None else v for k, v in line.items()}
             if "eval/reward" in line:
                 evaluation = {k: v for k, v in line.items() if k.startswith(("step", "eval/"))}
                 self.evaluations.append(evaluation)
             if line["step"]:
                 self.history.append(line)
+        for note in [*notes, f"continuing from {path}"]:
+            tqdm.write(note)
+        return int(path.name[5:])
+
+    def is_evaluated(self, step):
+        return bool(self.evaluations) and self.evaluations[-1]["step"] == step
 
     def picture(self, step, row, explored, trained):
         """images/step_NNNN.png: the same seeds as explored (above) and as trained on (below)."""
@@ -239,12 +249,9 @@ class Report:
             f"Every option:\n\n```json\n{config}\n```\n",
         )
 
-    def stopped(self):
-        saved = sorted((self.folder / "checkpoints").glob("step_*.safetensors"))
-        kept = "there was no checkpoint yet"
-        if saved:
-            kept = f"continue with --resume {self.folder} from {saved[-1].stem}"
-        tqdm.write(f"interrupted after {len(self.history)} steps; {kept}")
+    def stopped(self, path):
+        tqdm.write(f"stopped after {len(self.history)} steps; wrote {path}")
+        tqdm.write(f"continue with: python train.py --resume {self.folder}")
 
 
 def mean_and_error(values):

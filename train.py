@@ -24,16 +24,16 @@ Symbols, the same in every file
 import contextlib
 import dataclasses
 import importlib.util
-import os
+import signal
 import sys
 import time
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+import checkpoint
 import models
 from config import FAMILIES, OptionError, parse, split_prompts
 from engine import EngineError
@@ -45,6 +45,8 @@ from rollout import candidate_seeds, draw, initial_noise, sample, sampling_times
 _spec = importlib.util.spec_from_file_location("selection", Path(__file__).with_name("select.py"))
 selection = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(selection)
+
+BAD_INPUT = (OptionError, RewardError, models.ModelError, EngineError, checkpoint.CheckpointError)
 
 # Places in (run seed, step, prompt) that no training prompt takes.
 UPDATE, EVALUATION, ORDER = 2**32 - 1, 2**32 - 2, 2**32 - 3
@@ -174,6 +176,7 @@ def rollout(run, stage, transformer, row, seeds):
             piece = next(pieces, None)
         if piece is None:
             break
+        run.stop.check()
         shown |= {len(rewards) + i: image.cpu() for i, image in enumerate(piece[1])}
         scores.append(run.score(piece[1], run.train, [row] * len(piece[1])))
         rewards += scores[-1]["weighted_sum"].tolist()
@@ -202,6 +205,7 @@ def update(run, x_0, rows, advantages, step):
     which = torch.rand(len(x_0), len(times), generator=shuffle).argsort(dim=1)[:, :trained]
     totals = {}
     for part in torch.arange(len(x_0)).split(c.micro_batch):
+        run.stop.check()
         text = run.train.text.take(rows[part]).to(c.device)
         share = len(part) / (len(x_0) * trained)
         target, weight = x_0[part].to(c.device), advantages[part].to(c.device)
@@ -360,6 +364,7 @@ def evaluate(run):
     scores = []
     with models.policy(run.model.transformer, "ema") as ema:
         for i in range(0, len(rows), c.micro_batch):
+            run.stop.check()
             part, noise = rows[i : i + c.micro_batch], seeds[i : i + c.micro_batch]
             noise = initial_noise(noise, run.model.latent_shape)
             text = run.held_out.text.take(part).to(c.device)
@@ -369,78 +374,76 @@ def evaluate(run):
     return {k: v.reshape(n, -1).mean(dim=1).tolist() for k, v in joined(scores).items()}
 
 
+class Stopped(Exception):
+    """A signal asked the run to stop."""
+
+    def __init__(self, signum):
+        self.signum = signum
+
+
+class Stop:
+    """Inside, SIGINT (Ctrl-C) and SIGTERM let the micro-batch finish: `check` then raises Stopped.
+    A second one leaves at once, as a KeyboardInterrupt."""
+
+    asked = None
+
+    def __enter__(self):
+        self.before = {s: signal.signal(s, self.handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def handle(self, number, frame):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = number
+        tqdm.write("stopping after this micro-batch; once more to leave at once", file=sys.stderr)
+
+    def check(self):
+        if self.asked:
+            raise Stopped(self.asked)
+
+
 def train(config):
-    """The whole run."""
+    """The whole run; returns the exit code. A step is done when its line is in the log; what a
+    signal or a kill leaves of another one is drawn again."""
     c, run = config, Run(config)
-    report = Report(run)
-    start = load_checkpoint(run, report) if c.resume else 0
-    try:
-        if start == 0:
-            report.evaluated(0, evaluate(run))
-        for step in tqdm(range(start, c.steps), desc=c.family, initial=start, total=c.steps):
-            metrics, picture = iteration(run, step)
-            done = step + 1
-            if done % c.eval_every == 0 or done == c.steps:
-                report.evaluated(done, evaluate(run))
-                report.picture(done, *picture)
-            report.step(done, metrics)
-            if done % c.eval_every == 0 or done == c.steps:
-                save_checkpoint(run, done)
-        models.save_lora(run.model, "ema", report.folder / "lora")
-        report.finish()
-    except KeyboardInterrupt:
-        report.stopped()
-        return 130
+    report, done = Report(run), 0
+    if c.resume:
+        path, about, log, notes = checkpoint.newest(c.resume)
+        checkpoint.load(run, path, about)
+        done = report.resumed(path, log, notes)
+    with Stop() as run.stop, tqdm(desc=c.family, initial=done, total=c.steps) as bar:
+        try:
+            while True:
+                last = done == c.steps
+                if (done % c.eval_every == 0 or last) and not report.is_evaluated(done):
+                    report.evaluated(done, evaluate(run))
+                if done % c.checkpoint_every == 0 or last:
+                    checkpoint.save(run, report.log(), done)
+                if last:
+                    break
+                metrics, picture = iteration(run, done)
+                done += 1
+                report.step(done, metrics)
+                if done % c.eval_every == 0 or done == c.steps:
+                    report.picture(done, *picture)
+                bar.update()
+        except Stopped as stopped:
+            report.stopped(checkpoint.save(run, report.log(), done))
+            return 128 + stopped.signum
+    models.save_lora(run.model, "ema", report.folder / "lora")
+    report.finish()
     return 0
-
-
-# ---------------------------------------------------------------------------------------------
-# Checkpoints. Every random number follows from (seed, step), so there is no random state to keep.
-
-
-def save_checkpoint(run, step):
-    """checkpoints/step_NNNN.safetensors: the three adapters and AdamW's state after `step`."""
-    transformer, tensors = run.model.transformer, {}
-    for adapter in models.ADAPTERS:
-        for i, p in enumerate(models.lora_parameters(transformer, adapter)):
-            tensors[f"{adapter}.{i}"] = p.detach().contiguous()
-    for i, state in run.optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{i}.{name}": value for name, value in state.items()}
-    path = Path(run.config.output_dir) / "checkpoints" / f"step_{step:04d}.safetensors"
-    path.parent.mkdir(exist_ok=True)
-    save_file(tensors, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
-
-
-def load_checkpoint(run, report):
-    """Continue from the run folder's last checkpoint; returns its step."""
-    paths = sorted((report.folder / "checkpoints").glob("step_*.safetensors"))
-    step, tensors = int(paths[-1].stem.split("_")[1]), load_file(paths[-1])
-    state = {}
-    for name, value in tensors.items():
-        owner, i, *entry = name.split(".")
-        if owner == "optimizer":
-            state.setdefault(int(i), {})[entry[0]] = value
-        else:
-            models.lora_parameters(run.model.transformer, owner)[int(i)].data.copy_(value)
-    groups = run.optimizer.state_dict()["param_groups"]
-    run.optimizer.load_state_dict({"state": state, "param_groups": groups})
-    report.rewind(step)
-    return step
 
 
 def main(argv=None):
     """Run the command line; returns the exit code: 0, 2 on bad input, 130 on Ctrl-C."""
     try:
         return train(parse(argv, __doc__))
-    except (
-        OptionError,
-        RewardError,
-        models.ModelError,
-        EngineError,
-        OSError,
-        SafetensorError,
-    ) as error:
+    except (*BAD_INPUT, OSError, SafetensorError) as error:
         print(f"train.py: error: {(str(error).splitlines() or [repr(error)])[0]}", file=sys.stderr)
         return 2
     except FloatingPointError as error:
@@ -453,7 +456,7 @@ def main(argv=None):
     except SystemExit as request:  # --help
         return request.code or 0
     except KeyboardInterrupt:
-        print("train.py: interrupted before the first step; nothing to keep", file=sys.stderr)
+        print("train.py: left at once; the last checkpoint, if any, is whole", file=sys.stderr)
         return 130
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -26,7 +27,8 @@ from config import TINY, parse
 
 MINIATURE = (
     "--steps 2 --prompts_per_step 1 --pool 6 --keep 4 --explore_steps 1 --rollout_steps 2 "
-    "--eval_steps 1 --eval_images 1 --eval_every 1 --micro_batch 36 --device cpu"
+    "--eval_steps 1 --eval_images 1 --eval_every 1 --micro_batch 36 --device cpu "
+    "--checkpoint_every 1"
 ).split()
 
 
@@ -177,7 +179,9 @@ def test_a_saved_lora_gives_the_trained_policys_images_in_a_stock_pipeline(name,
     # The same tensors in the adapter that training used, alpha = 2 * rank included.
     model = load(world, name)
     models.add_lora(model, rank=16, alpha=32)
-    state = load_file(sorted((tmp_path / "run" / "checkpoints").iterdir())[-1])
+    state = load_file(
+        sorted((tmp_path / "run" / "checkpoints").iterdir())[-1] / "state.safetensors"
+    )
     for i, p in enumerate(models.lora_parameters(model.transformer, "ema")):
         p.data.copy_(state[f"ema.{i}"])
     model.pipe.set_progress_bar_config(disable=True)
@@ -366,17 +370,27 @@ def test_out_of_memory_is_a_line_that_says_what_would_do(tmp_path, world, monkey
     assert said == "train.py: CUDA out of memory; lower --micro_batch or --resolution"
 
 
-def test_ctrl_c_ends_with_what_was_kept(tmp_path, world, monkeypatch, capsys):
-    real = train.iteration
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("where", ["rollout", "update", "evaluate"])
+def test_a_signal_finishes_the_micro_batch_and_what_is_resumed_is_the_unstopped_run(
+    number, code, where, tmp_path, world, monkeypatch, capsys
+):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train.main([*MINIATURE, "--output_dir", str(whole)]) == 0
+    real, calls = getattr(train, where), []
 
-    def interrupted(run, step):
-        if step == 1:
-            raise KeyboardInterrupt
-        return real(run, step)
+    def signalled(run, *arguments):
+        calls.append(where)
+        if len(calls) == 2:
+            os.kill(os.getpid(), number)
+        return real(run, *arguments)
 
-    monkeypatch.setattr(train, "iteration", interrupted)
-    assert train.main([*MINIATURE, "--output_dir", str(tmp_path / "run")]) == 130
-    assert "interrupted after 1 steps; continue with --resume" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr(train, where, signalled)
+        assert train.main([*MINIATURE, "--output_dir", str(parts)]) == code
+    assert f"continue with: python train.py --resume {parts}" in capsys.readouterr().out
+    assert train.main(["--resume", str(parts)]) == 0
+    assert same(whole, parts)
 
 
 def test_another_familys_folder_is_named_and_so_is_what_is_broken(world, tmp_path, capsys):

@@ -1,0 +1,215 @@
+"""Checkpoints: a run stopped at any moment continues as if it had not been.
+
+    checkpoints/step_000010/
+        state.safetensors   the three adapters, AdamW's state, torch's random states
+        run.json            step, options, a fingerprint of the prompts, other random states
+        metrics.jsonl       the log so far
+        manifest.json       size and SHA-256 of these three
+
+A checkpoint is written into a folder of a temporary name, synced and renamed: it is whole or it
+is not there. Nothing of the method draws from a global random generator (every number follows
+from the seed and the step), but a reward of the user's own may, so their states are kept.
+
+What is read is not trusted: names and sizes are checked before contents, hashes before anything
+is parsed, shapes before anything is loaded, and no pickle is ever opened.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import models
+
+FILES = ("state.safetensors", "run.json", "metrics.jsonl")
+LARGEST_JSON = 2**20  # bytes, of run.json, manifest.json and of a line of metrics.jsonl
+FREE = {"resume", "steps", "device", "output_dir", "report_to", "keep_checkpoints"}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used: one line for the user."""
+
+
+def found(folder):
+    """The checkpoints of a run's folder, by step: [(step, path)]."""
+    paths = Path(folder, "checkpoints").glob("step_*")
+    return sorted((int(p.name[5:]), p) for p in paths if p.name[5:].isdigit())
+
+
+def fingerprint(*parts):
+    """A hash of the prompts and metadata of training and held-out Prompts."""
+    text = json.dumps([[part.prompts, part.metadata] for part in parts], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------
+# Writing
+
+
+def save(run, log, step):
+    """Write the checkpoint of `step` and delete all but the last --keep_checkpoints.
+
+    log: metrics.jsonl's text so far. Returns its path."""
+    folder = Path(run.config.output_dir) / "checkpoints"
+    path, unfinished = folder / f"step_{step:06d}", folder / f"unfinished_{os.getpid()}"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        save_file(_tensors(run) | _random_tensors(), unfinished / FILES[0])
+        about = {
+            "step": step,
+            "options": dataclasses.asdict(run.config),
+            "prompts": fingerprint(run.train, run.held_out),
+            "random": {"python": random.getstate(), "numpy": _numpy_state()},
+        }
+        (unfinished / FILES[1]).write_text(json.dumps(about))
+        (unfinished / FILES[2]).write_text(log)
+        manifest = {name: [*_size_and_hash(unfinished / name)] for name in FILES}
+        (unfinished / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        for name in (*FILES, "manifest.json", "."):
+            _sync(unfinished / name)
+        shutil.rmtree(path, ignore_errors=True)  # of this step, damaged or of an earlier try
+        unfinished.rename(path)
+        _sync(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    for _, old in found(run.config.output_dir)[: -run.config.keep_checkpoints]:
+        shutil.rmtree(old, ignore_errors=True)
+    return path
+
+
+def _tensors(run):
+    tensors = {}
+    for adapter in models.ADAPTERS:
+        for i, p in enumerate(models.lora_parameters(run.model.transformer, adapter)):
+            tensors[f"{adapter}.{i}"] = p.detach().contiguous()
+    for i, state in run.optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{i}.{name}": value for name, value in state.items()}
+    return tensors
+
+
+def _random_tensors():
+    states = {"random.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states |= {f"random.cuda{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
+    return states
+
+
+def _numpy_state():
+    kind, keys, *rest = np.random.get_state()
+    return [kind, keys.tolist(), *rest]
+
+
+def _size_and_hash(path):
+    with open(path, "rb") as file:
+        return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path):
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# ---------------------------------------------------------------------------------------------
+# Reading
+
+
+def read(path):
+    """(run.json's contents, metrics.jsonl's lines) of a checkpoint whose every byte is as it was
+    written. Raises CheckpointError."""
+    try:
+        manifest = _json(path / "manifest.json")
+        if not isinstance(manifest, dict) or sorted(manifest) != sorted(FILES):
+            raise CheckpointError("its manifest names other files")
+        for name in FILES:
+            if manifest[name] != [*_size_and_hash(path / name)]:
+                raise CheckpointError(f"{name} is not what the manifest says")
+        about = _json(path / "run.json")
+        with open(path / "metrics.jsonl", encoding="utf-8") as file:
+            lines = [_line(text) for text in iter(lambda: file.readline(LARGEST_JSON), "")]
+        if about["step"] != int(path.name[5:]) or not isinstance(about["options"], dict):
+            raise CheckpointError("run.json is of another checkpoint")
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        said = getattr(error, "strerror", None) or type(error).__name__
+        raise CheckpointError(f"{path}: damaged ({said})") from error
+    return about, lines
+
+
+def _json(path):
+    if path.stat().st_size > LARGEST_JSON:
+        raise CheckpointError(f"{path.name} is too large to be one")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _line(text):
+    line = json.loads(text)
+    if not isinstance(line["step"], int):
+        raise CheckpointError("metrics.jsonl has a line of no step")
+    return line
+
+
+def newest(folder):
+    """(path, run.json, lines, notes) of the newest intact checkpoint of a run's folder; the notes
+    name the damaged ones. Raises CheckpointError where none is intact."""
+    notes = []
+    for _, path in reversed(found(folder)):
+        try:
+            return path, *read(path), notes
+        except CheckpointError as error:
+            notes.append(f"{error}: taking the one before")
+    if notes:
+        raise CheckpointError(f"--resume {folder}: no checkpoint is intact; {notes[0]}")
+    raise CheckpointError(f"--resume {folder}: there is no checkpoint in it")
+
+
+@torch.no_grad()
+def load(run, path, about):
+    """Give the run the state of a checkpoint that `read` found intact. Raises CheckpointError, and
+    nothing is changed, if it is of another model or other prompts."""
+    if about["prompts"] != fingerprint(run.train, run.held_out):
+        raise CheckpointError(f"{path}: the run had other prompts")
+    expected = {name: list(t.shape) for name, t in _tensors(run).items()}
+    policy = models.lora_parameters(run.model.transformer, "default")
+    for i, p in enumerate(policy):
+        shapes = {"step": [], "exp_avg": list(p.shape), "exp_avg_sq": list(p.shape)}
+        expected |= {f"optimizer.{i}.{name}": shape for name, shape in shapes.items()}
+    with safe_open(path / "state.safetensors", "pt") as file:
+        stored = {k: file.get_slice(k).get_shape() for k in file.keys() if k[:7] != "random."}
+        if about["step"] == 0:  # AdamW has no state before its first step
+            expected = {k: v for k, v in expected.items() if not k.startswith("optimizer.")}
+        if stored != expected:
+            name = min(k for k in stored.keys() | expected if stored.get(k) != expected.get(k))
+            raise CheckpointError(
+                f"{path}: its {name} is {stored.get(name)}, this run's {expected.get(name)}"
+            )
+        state = {}
+        for name in stored:
+            owner, i, *entry = name.split(".")
+            if owner == "optimizer":
+                state.setdefault(int(i), {})[entry[0]] = file.get_tensor(name)
+            else:
+                parameters = models.lora_parameters(run.model.transformer, owner)
+                parameters[int(i)].copy_(file.get_tensor(name))
+        torch.set_rng_state(file.get_tensor("random.cpu"))
+        cuda = sorted(k for k in file.keys() if k.startswith("random.cuda"))
+        if len(cuda) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all([file.get_tensor(k) for k in cuda])
+    groups = run.optimizer.state_dict()["param_groups"]
+    run.optimizer.load_state_dict({"state": state, "param_groups": groups})
+    version, keys, gauss = about["random"]["python"]
+    random.setstate((version, tuple(keys), gauss))
+    kind, keys, *rest = about["random"]["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
