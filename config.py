@@ -94,6 +94,9 @@ class Config:
     output_dir: str = option("", "the run's folder; default runs/<model>_<family>_<time>")
     checkpoint_every: int = option(10, "iterations between checkpoints")
     keep_checkpoints: int = option(2, "how many of the last checkpoints are kept")
+    on_nonfinite: str = option(
+        "stop", "on NaN or infinity: end the run, or skip the step", ("stop", "skip")
+    )
     resume: str = option("", "a run's folder to continue from its last checkpoint, or latest")
     force: str = option("", "options that a resumed run may change, as NAME,NAME")
     device: str = option("auto", "auto, cpu, cuda, cuda:N")

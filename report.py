@@ -13,6 +13,7 @@ import json
 import math
 import os
 import statistics
+import sys
 import textwrap
 import time
 from importlib.metadata import version
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import matplotlib
 from huggingface_hub import ModelCardData
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 import quant
@@ -189,9 +191,10 @@ class Report:
             for name in ("reward", "standard_error")
         )
         first.errorbar(steps, means, yerr=errors, marker="o", label="held-out prompts, EMA policy")
+        taken = [line for line in self.history if "reward/mean" in line]
         first.plot(
-            [line["step"] for line in self.history],
-            [line["reward/mean"] for line in self.history],
+            [line["step"] for line in taken],
+            [line["reward/mean"] for line in taken],
             alpha=0.5,
             label="candidates trained on",
         )
@@ -248,6 +251,21 @@ class Report:
             f"height={c.resolution}, width={c.resolution}).images[0]\n```\n\n"
             f"Every option:\n\n```json\n{config}\n```\n",
         )
+
+    def nonfinite(self, step, error):
+        """Say what was not finite and keep it in nonfinite/, with what draws it again."""
+        path = self.folder / "nonfinite" / f"step_{step:06d}.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        about = {k: str(v) for k, v in (error.about | dict(step=step)).items()}
+        save_file({"value": error.value.contiguous()}, path.with_suffix(".tmp"), metadata=about)
+        os.replace(path.with_suffix(".tmp"), path)
+        tqdm.write(f"step {step}: {error}; nothing was updated; kept in {path}", file=sys.stderr)
+
+    def skipped(self, step):
+        """A line of its own for a step that was not taken."""
+        before = sum("nonfinite/skipped" in line for line in self.history)
+        self.history.append({"step": step, "nonfinite/skipped": before + 1})
+        self._write_history()
 
     def stopped(self, path):
         tqdm.write(f"stopped after {len(self.history)} steps; wrote {path}")

@@ -59,6 +59,14 @@ class RewardError(ValueError):
     """A reward that cannot be built, or whose scores cannot be used."""
 
 
+class NonFiniteScores(RewardError):
+    """A reward gave NaN or infinity for pictures that are in order."""
+
+    def __init__(self, name, scores, prompt):
+        self.name, self.scores = f"reward {name}", scores
+        super().__init__(f"reward {name} returned NaN or infinity for prompt {prompt!r}")
+
+
 # ---------------------------------------------------------------------------------------------
 # Preprocessing
 
@@ -529,8 +537,7 @@ def _scores(name, function, images, prompts, metadata):
     if scores.shape != (len(prompts),):
         raise RewardError(f"{about} returned shape {tuple(scores.shape)}, not ({len(prompts)},)")
     if not torch.isfinite(scores).all():
-        bad = prompts[int((~torch.isfinite(scores)).nonzero()[0])]
-        raise RewardError(f"reward {name} returned NaN or infinity for prompt {bad!r}")
+        raise NonFiniteScores(name, scores, prompts[int((~torch.isfinite(scores)).nonzero()[0])])
     return scores
 
 

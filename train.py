@@ -38,7 +38,7 @@ import models
 from config import FAMILIES, OptionError, parse, split_prompts
 from engine import EngineError
 from report import Report
-from reward import RewardError, build_reward, read_spec
+from reward import NonFiniteScores, RewardError, build_reward, read_spec
 from rollout import candidate_seeds, draw, initial_noise, sample, sampling_times
 
 # `import select` may give the standard library's module of that name: load ours by its path.
@@ -59,8 +59,10 @@ UPDATE, EVALUATION, ORDER = 2**32 - 1, 2**32 - 2, 2**32 - 3
 def group_advantages(rewards, adv_clip=5.0):
     """A = (r - mean over the prompt's K) / (std over all + 1e-4), clipped; (P, K) -> (P, K).
 
-    One std for all prompts: a prompt whose candidates hardly differ keeps small advantages."""
-    centred = rewards - rewards.mean(dim=1, keepdim=True)
+    One std for all prompts: a prompt whose candidates hardly differ keeps small advantages, and
+    one whose candidates are all equal has 0, whatever rounding does to their mean."""
+    differ = rewards.amax(dim=1, keepdim=True) > rewards.amin(dim=1, keepdim=True)
+    centred = (rewards - rewards.mean(dim=1, keepdim=True)) * differ
     return (centred / (rewards.std(correction=0) + 1e-4)).clamp(-adv_clip, adv_clip)
 
 
@@ -177,8 +179,16 @@ def rollout(run, stage, transformer, row, seeds):
         if piece is None:
             break
         run.stop.check()
+        here = seeds[len(rewards) :]
+        precision = c.precision if stage == "explore" and FAMILIES[c.family].quantized else "bf16"
+        about = dict(stage=stage, prompt=run.train.prompts[row], precision=precision)
+        check_finite("latents", piece[0], here, **about)
+        check_finite("images", piece[1], here, **about)
         shown |= {len(rewards) + i: image.cpu() for i, image in enumerate(piece[1])}
-        scores.append(run.score(piece[1], run.train, [row] * len(piece[1])))
+        try:
+            scores.append(run.score(piece[1], run.train, [row] * len(piece[1])))
+        except NonFiniteScores as error:
+            check_finite(error.name, error.scores, here, **about)
         rewards += scores[-1]["weighted_sum"].tolist()
         if not proxy:
             latents.append(piece[0].cpu())
@@ -186,6 +196,24 @@ def rollout(run, stage, transformer, row, seeds):
             order = sorted(shown, key=lambda i: -rewards[i])
             shown = {i: shown[i] for i in order[:4] + order[-4:]}
     return Candidates(joined(scores), None if proxy else torch.cat(latents), shown)
+
+
+class NonFinite(FloatingPointError):
+    """A NaN or an infinity before the optimizer moved: what it is in, and whose it is."""
+
+    def __init__(self, what, value, stage, prompt, seed, precision):
+        self.about = dict(what=what, stage=stage, prompt=prompt, seed=seed, precision=precision)
+        self.value = value.detach().cpu()
+        super().__init__(
+            f"NaN or infinity in the {what}, {stage} in {precision}, prompt {prompt!r}, seed {seed}"
+        )
+
+
+def check_finite(what, tensor, seeds, stage, prompt, precision):
+    """Raise NonFinite for the first of a batch's samples (n, ...) that holds a NaN or infinity."""
+    bad = (~torch.isfinite(tensor)).reshape(len(tensor), -1).any(dim=1).nonzero()
+    if len(bad):
+        raise NonFinite(what, tensor[bad[0, 0]], stage, prompt, seeds[bad[0, 0]], precision)
 
 
 def joined(scores):
@@ -221,13 +249,17 @@ def update(run, x_0, rows, advantages, step):
             loss, metrics = nft_loss(
                 v, v_old, v_ref, x_t, target, t, weight, c.nft_beta, c.adv_clip, c.kl
             )
+            here = [seeds[i * trained + j] for i in part]
+            about = dict(stage="update", prompt=run.train.prompts[rows[part[0]]], precision="bf16")
+            check_finite("velocity", v, here, **about)
+            check_finite("loss", loss[None], here, **about)
             (loss * share).backward()
             for name, value in metrics.items():
                 totals[name] = totals.get(name, 0.0) + float(value) * share
     policy = models.lora_parameters(transformer, "default")
     norm = torch.nn.utils.clip_grad_norm_(policy, c.max_grad_norm)
     if not torch.isfinite(norm):
-        raise FloatingPointError(f"step {step + 1}: the gradient is {float(norm)}; nothing updated")
+        raise NonFinite("gradient", norm, "update", run.train.prompts[rows[0]], seeds[0], "bf16")
     run.optimizer.step()
     run.optimizer.zero_grad()
     return totals | {"grad_norm": float(norm)}
@@ -244,6 +276,7 @@ def reward_metrics(trained, explored, k):
         "reward/worst": rewards.amin(dim=1).mean(),
         "reward/std": rewards.std(correction=0),
         "reward/spread": (rewards.amax(dim=1) - rewards.amin(dim=1)).mean(),
+        "reward/zero_spread": (rewards.amax(dim=1) == rewards.amin(dim=1)).sum(),
     }
     ranks = [
         selection.rank_fidelity(samples.rewards, truth, k // 2)
@@ -425,7 +458,18 @@ def train(config):
                     checkpoint.save(run, report.log(), done)
                 if last:
                     break
-                metrics, picture = iteration(run, done)
+                try:
+                    metrics, picture = iteration(run, done)
+                except NonFinite as error:
+                    run.optimizer.zero_grad()
+                    report.nonfinite(done + 1, error)
+                    if c.on_nonfinite == "stop":
+                        report.stopped(checkpoint.save(run, report.log(), done))
+                        return 1
+                    done += 1
+                    report.skipped(done)
+                    bar.update()
+                    continue
                 done += 1
                 report.step(done, metrics)
                 if done % c.eval_every == 0 or done == c.steps:

@@ -360,6 +360,75 @@ def test_bad_input_is_one_line_and_nothing_is_written(
     assert after == before
 
 
+@pytest.mark.parametrize("where", ["latents", "images", "reward", "velocity", "gradient"])
+@pytest.mark.parametrize("choice", ["stop", "skip"])
+def test_nan_stops_the_step_before_the_optimizer_moves_and_says_where(
+    where, choice, tmp_path, world, monkeypatch, capsys
+):
+    out, real = tmp_path / "run", train.iteration
+    broken, before = [], []
+
+    def iteration(run, step):
+        if step != 1:
+            return real(run, step)
+        policy = models.lora_parameters(run.model.transformer, "default")
+        before.extend(p.detach().clone() for p in policy)
+        with pytest.MonkeyPatch.context() as patch:
+            nan = lambda x: x * float("nan")  # noqa: E731
+            model = run.model
+            if where == "latents":
+                draw = train.draw
+                patch.setattr(train, "draw", lambda *a: ((nan(x), y) for x, y in draw(*a)))
+            elif where == "images":
+                decode = model.decode
+                patch.setattr(model, "decode", lambda x: nan(decode(x)))
+            elif where == "reward":
+                parts = [("bad", 1.0, lambda i, p, m: [0.0, float("inf")] * (len(p) // 2))]
+                patch.setattr(run.reward, "parts", parts)
+            elif where == "velocity":
+                velocity = model.velocity
+                patch.setattr(
+                    model,
+                    "velocity",
+                    lambda t, x, *a: (
+                        nan(velocity(t, x, *a)) if torch.is_grad_enabled() else velocity(t, x, *a)
+                    ),
+                )
+            else:
+                patch.setattr(
+                    torch.nn.utils, "clip_grad_norm_", lambda *a: torch.tensor(float("nan"))
+                )
+            try:
+                return real(run, step)
+            finally:
+                broken.append(all(torch.equal(a, b) for a, b in zip(before, policy)))
+
+    monkeypatch.setattr(train, "iteration", iteration)
+    options = [*MINIATURE, "--steps", "3", "--on_nonfinite", choice, "--output_dir", str(out)]
+    assert train.main(options) == (1 if choice == "stop" else 0)
+    assert broken == [True]
+    said = capsys.readouterr().err
+    assert (
+        where in said and "prompt 'a" in said and "seed" in said and "nothing was updated" in said
+    )
+    assert len(list((out / "nonfinite").iterdir())) == 1
+    log = lines(out)
+    if choice == "skip":
+        assert [line["step"] for line in log] == [0, 1, 2, 3]
+        assert log[2]["nonfinite/skipped"] == 1 and "loss" in log[3]
+    else:
+        assert [line["step"] for line in log] == [0, 1]
+        monkeypatch.undo()
+        assert train.main(["--resume", str(out)]) == 0
+
+
+def test_equal_rewards_have_no_advantage():
+    rewards = torch.tensor([[0.1] * 3, [0.2, 0.3, 0.4]])
+    advantages = train.group_advantages(rewards)
+    assert advantages[0].tolist() == [0, 0, 0] and advantages[1].abs().min() < 1e-6
+    assert train.group_advantages(torch.full((2, 3), 0.7)).abs().max() == 0
+
+
 def test_out_of_memory_is_a_line_that_says_what_would_do(tmp_path, world, monkeypatch, capsys):
     def iteration(run, step):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
