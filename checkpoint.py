@@ -1,14 +1,15 @@
 """Checkpoints: a run stopped at any moment continues as if it had not been.
 
     checkpoints/step_000010/
-        state.safetensors   the three adapters, AdamW's state, torch's random states
-        run.json            step, options, a fingerprint of the prompts, other random states
+        state.safetensors   the three adapters and AdamW's state
+        run.json            step, options, a fingerprint of the prompts, random states by rank
         metrics.jsonl       the log so far
         manifest.json       size and SHA-256 of these three
 
 A checkpoint is written into a folder of a temporary name, synced and renamed: it is whole or it
 is not there. Nothing of the method draws from a global random generator (every number follows
 from the seed and the step), but a reward of the user's own may, so their states are kept.
+With many processes the first one writes; all must see the folder to continue.
 
 What is read is not trusted: names and sizes are checked before contents, hashes before anything
 is parsed, shapes before anything is loaded, and no pickle is ever opened.
@@ -27,10 +28,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+import distributed
 import models
 
 FILES = ("state.safetensors", "run.json", "metrics.jsonl")
-LARGEST_JSON = 2**20  # bytes, of run.json, manifest.json and of a line of metrics.jsonl
+LARGEST_JSON = 2**24  # bytes, of run.json, manifest.json and of a line of metrics.jsonl
 FREE = {"resume", "steps", "device", "output_dir", "report_to", "keep_checkpoints"}
 
 
@@ -57,18 +59,21 @@ def fingerprint(*parts):
 def save(run, log, step):
     """Write the checkpoint of `step` and delete all but the last --keep_checkpoints.
 
-    log: metrics.jsonl's text so far. Returns its path."""
+    log: metrics.jsonl's text so far. All processes call it. Returns its path."""
     folder = Path(run.config.output_dir) / "checkpoints"
     path, unfinished = folder / f"step_{step:06d}", folder / f"unfinished_{os.getpid()}"
+    random_states = distributed.exchange(_random_state())
+    if distributed.RANK > 0:
+        return path
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
-        save_file(_tensors(run) | _random_tensors(), unfinished / FILES[0])
+        save_file(_tensors(run), unfinished / FILES[0])
         about = {
             "step": step,
             "options": dataclasses.asdict(run.config),
             "prompts": fingerprint(run.train, run.held_out),
-            "random": {"python": random.getstate(), "numpy": _numpy_state()},
+            "random": random_states,
         }
         (unfinished / FILES[1]).write_text(json.dumps(about))
         (unfinished / FILES[2]).write_text(log)
@@ -96,16 +101,28 @@ def _tensors(run):
     return tensors
 
 
-def _random_tensors():
-    states = {"random.cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states |= {f"random.cuda{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
-    return states
-
-
-def _numpy_state():
+def _random_state():
+    """What the global generators of this process would draw next, as JSON has it."""
     kind, keys, *rest = np.random.get_state()
-    return [kind, keys.tolist(), *rest]
+    torches = [torch.get_rng_state()]
+    if torch.cuda.is_available():
+        torches.append(torch.cuda.get_rng_state())
+    return {
+        "python": random.getstate(),
+        "numpy": [kind, keys.tolist(), *rest],
+        "torch": [state.numpy().tobytes().hex() for state in torches],
+    }
+
+
+def _set_random_state(state):
+    version, keys, gauss = state["python"]
+    random.setstate((version, tuple(keys), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    cpu, *gpu = (torch.frombuffer(bytearray.fromhex(s), dtype=torch.uint8) for s in state["torch"])
+    torch.set_rng_state(cpu)
+    if gpu and torch.cuda.is_available():
+        torch.cuda.set_rng_state(gpu[0])
 
 
 def _size_and_hash(path):
@@ -187,7 +204,7 @@ def load(run, path, about):
         shapes = {"step": [], "exp_avg": list(p.shape), "exp_avg_sq": list(p.shape)}
         expected |= {f"optimizer.{i}.{name}": shape for name, shape in shapes.items()}
     with safe_open(path / "state.safetensors", "pt") as file:
-        stored = {k: file.get_slice(k).get_shape() for k in file.keys() if k[:7] != "random."}
+        stored = {name: file.get_slice(name).get_shape() for name in file.keys()}
         if about["step"] == 0:  # AdamW has no state before its first step
             expected = {k: v for k, v in expected.items() if not k.startswith("optimizer.")}
         if stored != expected:
@@ -203,13 +220,7 @@ def load(run, path, about):
             else:
                 parameters = models.lora_parameters(run.model.transformer, owner)
                 parameters[int(i)].copy_(file.get_tensor(name))
-        torch.set_rng_state(file.get_tensor("random.cpu"))
-        cuda = sorted(k for k in file.keys() if k.startswith("random.cuda"))
-        if len(cuda) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all([file.get_tensor(k) for k in cuda])
     groups = run.optimizer.state_dict()["param_groups"]
     run.optimizer.load_state_dict({"state": state, "param_groups": groups})
-    version, keys, gauss = about["random"]["python"]
-    random.setstate((version, tuple(keys), gauss))
-    kind, keys, *rest = about["random"]["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    if distributed.RANK < len(about["random"]):
+        _set_random_state(about["random"][distributed.RANK])

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 import checkpoint
+import distributed
 import models
 import quant
 from engine import EngineError
@@ -232,6 +233,15 @@ def _check(c):
         raise OptionError(f"--ema_decay {c.ema_decay} must be in [0, 1), --kl {c.kl} at least 0")
     if not 0 <= c.seed < 2**63 or c.min_dim < 0:
         raise OptionError(f"--seed {c.seed}, --min_dim {c.min_dim}: must be in 0 to 2^63 - 1")
+    if c.prompts_per_step < distributed.WORLD:
+        raise OptionError(
+            f"--prompts_per_step {c.prompts_per_step}: fewer than the {distributed.WORLD} "
+            f"processes they are split over; give at least that, or start fewer"
+        )
+    if distributed.WORLD > 1 and ":" in c.device:
+        raise OptionError(
+            f"--device {c.device}: one for {distributed.WORLD} processes; give cuda for one each"
+        )
     if c.pretrained and not c.prompts:
         raise OptionError(
             "--pretrained needs --prompts FILE: the built-in ones are the tiny world's"
@@ -244,9 +254,12 @@ def _check(c):
     if c.device == "auto":
         c.device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        if torch.device(c.device).type not in ("cpu", "cuda"):
+        place = torch.device(c.device)
+        if place.type not in ("cpu", "cuda"):
             raise RuntimeError
-        torch.empty(1, device=c.device)
+        if place.type == "cuda" and torch.cuda.is_available():
+            torch.cuda.set_device(distributed.LOCAL_RANK if place.index is None else place.index)
+        torch.empty(1, device=place)
     except (RuntimeError, AssertionError) as error:
         raise OptionError(f"--device {c.device}: not on this machine; try --device cpu") from error
     try:

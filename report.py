@@ -24,6 +24,8 @@ from huggingface_hub import ModelCardData
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+import distributed
+import models
 import quant
 from config import FAMILIES, command
 
@@ -31,15 +33,23 @@ matplotlib.use("agg")
 from matplotlib import pyplot as plt  # noqa: E402  the backend comes first
 
 
+def say(text, **how):
+    """A line on the console, from the first process alone."""
+    if distributed.RANK == 0:
+        tqdm.write(text, **how)
+
+
 class Report:
-    """The run's folder and console. Creating one creates the folder."""
+    """The run's folder and console, written by the first of the run's processes alone. Creating one
+    creates the folder."""
 
     def __init__(self, run):
         self.run, self.config = run, run.config
         self.folder = Path(self.config.output_dir)
         self.history, self.evaluations, self.started = [], [], time.perf_counter()
         self.spent = dict(run.clock.seconds)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        if distributed.RANK == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
         self._header()
         self.tracker = self._tracker()
 
@@ -54,8 +64,8 @@ class Report:
         N = c.pool if FAMILIES[c.family].explore else K
         trained = max(1, round(c.timestep_fraction * c.rollout_steps))
         options = "  ".join(f"{k}={v}" for k, v in dataclasses.asdict(c).items() if v != "")
-        tqdm.write(textwrap.fill(options, 100))
-        tqdm.write(
+        say(textwrap.fill(options, 100))
+        say(
             f"{backend}\n"
             f"an iteration: {P} prompts x {N} candidates; {P} x {K} = {P * K} trained at {trained} "
             f"times each, one optimizer step; guidance off\n"
@@ -63,7 +73,7 @@ class Report:
             f"prompts; writing to {self.folder}"
         )
         for note in self.run.notes:
-            tqdm.write(note)
+            say(note)
         packages = ("torch", "diffusers", "transformers", "peft")
         config = {
             "config": dataclasses.asdict(c),
@@ -74,17 +84,17 @@ class Report:
         _write(self.folder / "config.json", json.dumps(config, indent=1))
 
     def _tracker(self):
+        if distributed.RANK > 0 or self.config.report_to == "none":
+            return lambda step, m: None
         if self.config.report_to == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
             writer = SummaryWriter(self.folder)
             return lambda step, m: [writer.add_scalar(k, v, step) for k, v in m.items()]
-        if self.config.report_to == "wandb":
-            import wandb
+        import wandb
 
-            wandb.init(project="sol-rl", config=dataclasses.asdict(self.config))
-            return lambda step, m: wandb.log(m, step=step)
-        return lambda step, m: None
+        wandb.init(project="sol-rl", config=dataclasses.asdict(self.config))
+        return lambda step, m: wandb.log(m, step=step)
 
     def evaluated(self, step, scores):
         """scores: {reward: of each held-out prompt}. What is gained since step 0 is compared prompt
@@ -104,7 +114,7 @@ class Report:
             self.history[-1] |= self.evaluations[-1]
         self._write_history()
         self.tracker(step, line)
-        tqdm.write(text)
+        say(text)
 
     def step(self, step, metrics):
         """Log one step: a line on the console, a line in metrics.jsonl, the curve."""
@@ -114,7 +124,7 @@ class Report:
         self.history.append({"step": step} | metrics)
         self._write_history()
         self.tracker(step, metrics)
-        tqdm.write(
+        say(
             f"step {step:4d}  reward {metrics['reward/mean']:.4f} "
             f"({metrics['reward/worst']:.3f} to {metrics['reward/best']:.3f})  "
             f"tau {metrics['fidelity/kendall_tau']:.2f}  loss {metrics['loss']:.3f}  "
@@ -144,7 +154,7 @@ class Report:
             if line["step"]:
                 self.history.append(line)
         for note in [*notes, f"continuing from {path}"]:
-            tqdm.write(note)
+            say(note)
         return int(path.name[5:])
 
     def is_evaluated(self, step):
@@ -153,7 +163,7 @@ class Report:
     def picture(self, step, row, explored, trained):
         """images/step_NNNN.png: the same seeds as explored (above) and as trained on (below)."""
         places = [i for i in explored.images if i in trained.images]
-        if not places:  # a rule may keep none of the pool's best and worst
+        if not places or distributed.RANK > 0:  # a rule may keep none of the best and worst
             return
         two = explored is not trained
         figure, axes = plt.subplots(
@@ -208,6 +218,10 @@ class Report:
         _save(figure, self.folder / "curve.png")
 
     def finish(self):
+        """Write what a finished run leaves, the LoRA above all."""
+        if distributed.RANK > 0:
+            return
+        models.save_lora(self.run.model, "ema", self.folder / "lora")
         self.curve()
         first, last = self.evaluations[0], self.evaluations[-1]
         result = "{} before, {} after {} steps".format(
@@ -218,12 +232,12 @@ class Report:
         result += f"; gain {gain:+.4f} +- {error:.4f}"
         if error > 0:
             result += f", {gain / error:.1f} standard errors"
-        tqdm.write(f"\nheld-out reward: {result}")
+        say(f"\nheld-out reward: {result}")
         self._card(result)
         stages = "  ".join(f"{k} {v:.0f}s" for k, v in self.run.clock.seconds.items())
-        tqdm.write(f"time: {time.perf_counter() - self.started:.0f}s in all;  {stages}")
+        say(f"time: {time.perf_counter() - self.started:.0f}s in all;  {stages}")
         for name in ("curve.png", "images", "metrics.jsonl", "lora", "checkpoints", "config.json"):
-            tqdm.write(f"wrote {self.folder / name}")
+            say(f"wrote {self.folder / name}")
 
     def _card(self, result):
         """lora/README.md, a model card."""
@@ -254,12 +268,16 @@ class Report:
 
     def nonfinite(self, step, error):
         """Say what was not finite and keep it in nonfinite/, with what draws it again."""
+        if distributed.RANK > 0:
+            return
         path = self.folder / "nonfinite" / f"step_{step:06d}.safetensors"
         path.parent.mkdir(exist_ok=True)
-        about = {k: str(v) for k, v in (error.about | dict(step=step)).items()}
-        save_file({"value": error.value.contiguous()}, path.with_suffix(".tmp"), metadata=about)
+        names = ("what", "value", "stage", "prompt", "seed", "precision")
+        about = {"step": str(step)} | {k: str(v) for k, v in zip(names, error.args) if k != "value"}
+        value = error.args[1].contiguous()
+        save_file({"value": value}, path.with_suffix(".tmp"), metadata=about)
         os.replace(path.with_suffix(".tmp"), path)
-        tqdm.write(f"step {step}: {error}; nothing was updated; kept in {path}", file=sys.stderr)
+        say(f"step {step}: {error}; nothing was updated; kept in {path}", file=sys.stderr)
 
     def skipped(self, step):
         """A line of its own for a step that was not taken."""
@@ -268,8 +286,8 @@ class Report:
         self._write_history()
 
     def stopped(self, path):
-        tqdm.write(f"stopped after {len(self.history)} steps; wrote {path}")
-        tqdm.write(f"continue with: python train.py --resume {self.folder}")
+        say(f"stopped after {len(self.history)} steps; wrote {path}")
+        say(f"continue with: python train.py --resume {self.folder}")
 
 
 def mean_and_error(values):
@@ -279,6 +297,8 @@ def mean_and_error(values):
 
 
 def _write(path, text):
+    if distributed.RANK > 0:
+        return
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
     os.replace(temporary, path)

@@ -3,14 +3,14 @@
     python train.py --model sana                        # tiny SANA, a few minutes on a laptop
     python train.py --model flux                        # tiny FLUX.1; --model sd3: tiny SD3.5
     python train.py --model sana --family diffusionnft  # the baseline without a pool
+    torchrun --nproc_per_node=8 train.py ...            # the same run on 8 GPUs
     python train.py --help                              # every option and its default
 
 Departures from the paper
- 1. One process; 48 prompts an iteration over 8 GPUs are --prompts_per_step on one.
- 2. The old policy draws (explore and regenerate); at the paper's eta it lags the policy by little.
- 3. Quantized layers are chosen by the paper's rule in diffusers' layout, which keeps q, k and v
+ 1. The old policy draws (explore and regenerate); at the paper's eta it lags the policy by little.
+ 2. Quantized layers are chosen by the paper's rule in diffusers' layout, which keeps q, k and v
     apart and writes SANA's feed-forward as 1x1 convolutions; these count as linear.
- 4. The tiny models have settings of their own (TINY in config.py); the method is the same.
+ 3. The tiny models have settings of their own (TINY in config.py); the method is the same.
 
 Symbols, the same in every file
     x_0, x_t, noise   a sample, (1 - t) x_0 + t noise, standard normal noise; (n, c, h, w)
@@ -34,10 +34,11 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 import checkpoint
+import distributed
 import models
 from config import FAMILIES, OptionError, parse, split_prompts
 from engine import EngineError
-from report import Report
+from report import Report, say
 from reward import NonFiniteScores, RewardError, build_reward, read_spec
 from rollout import candidate_seeds, draw, initial_noise, sample, sampling_times
 
@@ -101,12 +102,13 @@ def iteration(run, step):
     """One iteration of the algorithm: (the step's metrics, what its picture shows)."""
     c, transformer = run.config, run.model.transformer
     family, keep = FAMILIES[c.family], getattr(selection, c.select)
-    rows, explored, trained = run.prompts_of(step), [], []
+    rows = run.prompts_of(step)  # P of them, split over the processes
+    explored, trained = [], []
     if family.quantized:
         with run.clock("explore"):
             models.sync(run.explorer, transformer, "old")
 
-    for row in rows:
+    for row in distributed.mine(rows):
         # Explore: N candidates of the old policy, drawn cheaply and scored.
         seeds = candidate_seeds(c.seed, step, row, c.pool if family.explore else c.keep)
         with models.policy(transformer, "old"):
@@ -129,17 +131,17 @@ def iteration(run, step):
             trained[-1].images.clear()
 
     # Advantages: from the rewards of what is trained on, never from the explorer's.
-    rewards = torch.stack([samples.rewards for samples in trained])  # (P, K)
+    scores = distributed.gather([(e.scores, t.scores) for e, t in zip(explored, trained)])
+    rewards = torch.stack([after["weighted_sum"] for _, after in scores])  # (P, K)
     advantages = group_advantages(rewards, c.adv_clip)
 
     # Update the policy; then the old policy and the EMA follow it.
     with run.clock("train"):
-        x_0 = torch.cat([samples.latents for samples in trained])
-        metrics = update(run, x_0, torch.tensor(rows), advantages, step)
+        metrics = update(run, [samples.latents for samples in trained], rows, advantages, step)
         models.follow(transformer, "old", eta=min(0.001 * (step + 1), 0.5))
         models.follow(transformer, "ema", eta=c.ema_decay)
 
-    metrics |= reward_metrics(trained, explored, c.keep)
+    metrics |= reward_metrics(scores, rewards)
     if c.compile:  # of the process; a recompilation after the first step would show
         metrics["compiled_graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     return metrics, (rows[0], explored[0], trained[0])
@@ -201,19 +203,18 @@ def rollout(run, stage, transformer, row, seeds):
 class NonFinite(FloatingPointError):
     """A NaN or an infinity before the optimizer moved: what it is in, and whose it is."""
 
-    def __init__(self, what, value, stage, prompt, seed, precision):
-        self.about = dict(what=what, stage=stage, prompt=prompt, seed=seed, precision=precision)
-        self.value = value.detach().cpu()
-        super().__init__(
-            f"NaN or infinity in the {what}, {stage} in {precision}, prompt {prompt!r}, seed {seed}"
-        )
+    def __str__(self):
+        what, _, stage, prompt, seed, precision = self.args
+        where = f"{stage} in {precision}, prompt {prompt!r}, seed {seed}"
+        return f"NaN or infinity in the {what}, {where}"
 
 
 def check_finite(what, tensor, seeds, stage, prompt, precision):
     """Raise NonFinite for the first of a batch's samples (n, ...) that holds a NaN or infinity."""
     bad = (~torch.isfinite(tensor)).reshape(len(tensor), -1).any(dim=1).nonzero()
     if len(bad):
-        raise NonFinite(what, tensor[bad[0, 0]], stage, prompt, seeds[bad[0, 0]], precision)
+        value = tensor[bad[0, 0]].detach().cpu()
+        distributed.fail(NonFinite(what, value, stage, prompt, seeds[bad[0, 0]], precision))
 
 
 def joined(scores):
@@ -222,55 +223,68 @@ def joined(scores):
 
 
 def update(run, x_0, rows, advantages, step):
-    """One optimizer step on x_0 (P * K, c, h, w), samples of prompts rows (P,), with advantages
-    (P, K). Each is trained at a random share of the sampling times, each with its own noise."""
+    """One optimizer step on samples of the prompts rows (P,): x_0, a list of (K, c, h, w) of this
+    process's share of the prompts, and advantages (P, K) of all. Each sample is trained at a random
+    share of the sampling times, each with its own noise."""
     c, model, transformer = run.config, run.model, run.model.transformer
-    rows, advantages = rows.repeat_interleave(c.keep), advantages.flatten()
+    policy = models.lora_parameters(transformer, "default")
     times = sampling_times(model, c.rollout_steps)
     trained = max(1, round(c.timestep_fraction * c.rollout_steps))
-    seeds = candidate_seeds(c.seed, step, UPDATE, 1 + len(x_0) * trained)
+    n = advantages.numel()
+    seeds = candidate_seeds(c.seed, step, UPDATE, 1 + n * trained)
     shuffle = torch.Generator().manual_seed(seeds.pop(0))
-    which = torch.rand(len(x_0), len(times), generator=shuffle).argsort(dim=1)[:, :trained]
-    totals = {}
-    for part in torch.arange(len(x_0)).split(c.micro_batch):
-        run.stop.check()
-        text = run.train.text.take(rows[part]).to(c.device)
-        share = len(part) / (len(x_0) * trained)
-        target, weight = x_0[part].to(c.device), advantages[part].to(c.device)
-        for j in range(trained):
-            t = times[which[part, j]].to(c.device)
-            noise = initial_noise([seeds[i * trained + j] for i in part], model.latent_shape)
-            x_t = torch.lerp(target, noise.to(c.device), t[:, None, None, None])
-            with torch.no_grad(), models.policy(transformer, "old"):
-                v_old = model.velocity(transformer, x_t, t, text)
-            with torch.no_grad(), models.policy(transformer, "base"):
-                v_ref = model.velocity(transformer, x_t, t, text)
-            v = model.velocity(transformer, x_t, t, text)
-            loss, metrics = nft_loss(
-                v, v_old, v_ref, x_t, target, t, weight, c.nft_beta, c.adv_clip, c.kl
-            )
-            here = [seeds[i * trained + j] for i in part]
-            about = dict(stage="update", prompt=run.train.prompts[rows[part[0]]], precision="bf16")
-            check_finite("velocity", v, here, **about)
-            check_finite("loss", loss[None], here, **about)
-            (loss * share).backward()
-            for name, value in metrics.items():
-                totals[name] = totals.get(name, 0.0) + float(value) * share
-    policy = models.lora_parameters(transformer, "default")
-    norm = torch.nn.utils.clip_grad_norm_(policy, c.max_grad_norm)
-    if not torch.isfinite(norm):
-        raise NonFinite("gradient", norm, "update", run.train.prompts[rows[0]], seeds[0], "bf16")
+    which = torch.rand(n, len(times), generator=shuffle).argsort(dim=1)[:, :trained]
+    gradient = [torch.zeros_like(p, dtype=torch.float64) for p in policy]
+    metrics = []
+    for samples, place in zip(x_0, distributed.mine(range(len(rows)))):
+        about = dict(stage="update", prompt=run.train.prompts[rows[place]], precision="bf16")
+        metrics.append({})
+        for part in torch.arange(c.keep).split(c.micro_batch):
+            run.stop.check()
+            text = run.train.text.take([rows[place]] * len(part)).to(c.device)
+            share = len(part) / (n * trained)
+            target, weight = samples[part].to(c.device), advantages[place, part].to(c.device)
+            part = part + place * c.keep  # of the n samples
+            for j in range(trained):
+                t, here = times[which[part, j]].to(c.device), [seeds[i * trained + j] for i in part]
+                noise = initial_noise(here, model.latent_shape).to(c.device)
+                x_t = torch.lerp(target, noise, t[:, None, None, None])
+                with torch.no_grad(), models.policy(transformer, "old"):
+                    v_old = model.velocity(transformer, x_t, t, text)
+                with torch.no_grad(), models.policy(transformer, "base"):
+                    v_ref = model.velocity(transformer, x_t, t, text)
+                v = model.velocity(transformer, x_t, t, text)
+                loss, found = nft_loss(
+                    v, v_old, v_ref, x_t, target, t, weight, c.nft_beta, c.adv_clip, c.kl
+                )
+                check_finite("velocity", v, here, **about)
+                check_finite("loss", loss[None], here, **about)
+                (loss * share).backward()
+                for name, value in found.items():
+                    metrics[-1][name] = metrics[-1].get(name, 0.0) + float(value) * share
+        norm = torch.nn.utils.get_total_norm([p.grad for p in policy])
+        check_finite("gradient", norm[None], here, **about)
+        for whole, p in zip(gradient, policy):
+            whole += p.grad
+            p.grad = None
+    metrics = distributed.gather(metrics)
+    distributed.total(gradient)
+    for p, whole in zip(policy, gradient):
+        p.grad = whole.to(p.dtype)
+    norm = torch.nn.utils.clip_grad_norm_(policy, c.max_grad_norm, error_if_nonfinite=True)
     run.optimizer.step()
     run.optimizer.zero_grad()
-    return totals | {"grad_norm": float(norm)}
+    sums = {name: sum(prompt[name] for prompt in metrics) for name in metrics[0]}
+    return sums | {"grad_norm": float(norm)}
 
 
-def reward_metrics(trained, explored, k):
-    """What is logged of the rewards of P prompts' Candidates, each reward under its own name too,
-    and of how the explorer had ranked them."""
-    rewards = torch.stack([samples.rewards for samples in trained])  # (P, K)
-    scores = joined([samples.scores for samples in trained])
-    metrics = {f"reward/{name}": values.mean() for name, values in scores.items()} | {
+def reward_metrics(scores, rewards):
+    """What is logged of the rewards (P, K) and of P prompts' scores, of what the explorer saw and
+    of what was trained on: each reward under its own name, and how the explorer had ranked."""
+    metrics = {
+        f"reward/{name}": torch.stack([after[name] for _, after in scores]).mean()
+        for name in scores[0][1]
+    } | {
         "reward/mean": rewards.mean(),
         "reward/best": rewards.amax(dim=1).mean(),
         "reward/worst": rewards.amin(dim=1).mean(),
@@ -279,8 +293,8 @@ def reward_metrics(trained, explored, k):
         "reward/zero_spread": (rewards.amax(dim=1) == rewards.amin(dim=1)).sum(),
     }
     ranks = [
-        selection.rank_fidelity(samples.rewards, truth, k // 2)
-        for samples, truth in zip(explored, rewards)
+        selection.rank_fidelity(before["weighted_sum"], truth, rewards.shape[1] // 2)
+        for (before, _), truth in zip(scores, rewards)
     ]
     for name in ("kendall_tau", "spearman_rho"):
         metrics[f"fidelity/{name}"] = sum(rank[name] for rank in ranks) / len(ranks)
@@ -321,17 +335,16 @@ class Run:
         folder = models.MODELS[c.model].published if c.pretrained == "published" else c.pretrained
         if folder:
             models.check_pretrained(c.model, folder)
-        if torch.device(c.device).type == "cuda":
-            torch.cuda.set_device(c.device)  # Transformer Engine's kernels run on the current one
         how = dict(device=c.device, tiny=not folder, weights=c.reward_weights)
-        self.reward, self.eval_rewards = build_reward(c.reward, **how), None
-        if c.eval_rewards:
-            self.eval_rewards = build_reward(c.eval_rewards, **how, option="--eval_rewards")
-        if not folder:
-            import tiny  # with its training code, which a pretrained model does without
+        with distributed.first_on_its_node():
+            self.reward, self.eval_rewards = build_reward(c.reward, **how), None
+            if c.eval_rewards:
+                self.eval_rewards = build_reward(c.eval_rewards, **how, option="--eval_rewards")
+            if not folder:
+                import tiny  # with its training code, which a pretrained model does without
 
-            folder = tiny.ensure(c.model) / c.model
-        self.model = models.load(c.model, folder, c.resolution, c.solver, c.device)
+                folder = tiny.ensure(c.model) / c.model
+            self.model = models.load(c.model, folder, c.resolution, c.solver, c.device)
         self.clock = Clock(c.device)
         for part in (self.train, self.held_out):
             part.text = self.model.encode(part.prompts)
@@ -355,9 +368,7 @@ class Run:
             )
         torch.manual_seed(c.seed)
         models.add_lora(self.model, c.lora_rank, alpha=2 * c.lora_rank)
-        self.drawer = (
-            self.model.transformer
-        )  # what draws in BF16, as the policy that is switched on
+        self.drawer = self.model.transformer  # what draws in BF16, as the policy switched on
         if c.compile:
             self.drawer = torch.compile(self.drawer)
             if FAMILIES[c.family].quantized:
@@ -396,7 +407,7 @@ def evaluate(run):
     seeds = [s for i in range(n) for s in candidate_seeds(0, EVALUATION, i, c.eval_images)]
     scores = []
     with models.policy(run.model.transformer, "ema") as ema:
-        for i in range(0, len(rows), c.micro_batch):
+        for i in distributed.mine(range(0, len(rows), c.micro_batch)):
             run.stop.check()
             part, noise = rows[i : i + c.micro_batch], seeds[i : i + c.micro_batch]
             noise = initial_noise(noise, run.model.latent_shape)
@@ -404,19 +415,17 @@ def evaluate(run):
             x_0 = sample(run.model, ema, text, noise, c.eval_steps)
             images = run.model.decode(x_0)
             scores.append(run.score(images, run.held_out, part, evaluation=True))
-    return {k: v.reshape(n, -1).mean(dim=1).tolist() for k, v in joined(scores).items()}
+    scores = joined(distributed.gather(scores))
+    return {k: v.reshape(n, -1).mean(dim=1).tolist() for k, v in scores.items()}
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop."""
-
-    def __init__(self, signum):
-        self.signum = signum
+    """A signal, its only argument, asked the run to stop."""
 
 
 class Stop:
     """Inside, SIGINT (Ctrl-C) and SIGTERM let the micro-batch finish: `check` then raises Stopped.
-    A second one leaves at once, as a KeyboardInterrupt."""
+    Another Ctrl-C leaves at once; another SIGTERM does not, clusters send several."""
 
     asked = None
 
@@ -429,14 +438,15 @@ class Stop:
             signal.signal(number, handler)
 
     def handle(self, number, frame):
-        if self.asked:
+        if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if not self.asked:
+            say("stopping after this micro-batch; Ctrl-C to leave at once", file=sys.stderr)
         self.asked = number
-        tqdm.write("stopping after this micro-batch; once more to leave at once", file=sys.stderr)
 
     def check(self):
         if self.asked:
-            raise Stopped(self.asked)
+            distributed.fail(Stopped(self.asked))
 
 
 def train(config):
@@ -448,7 +458,8 @@ def train(config):
         path, about, log, notes = checkpoint.newest(c.resume)
         checkpoint.load(run, path, about)
         done = report.resumed(path, log, notes)
-    with Stop() as run.stop, tqdm(desc=c.family, initial=done, total=c.steps) as bar:
+    bar = tqdm(desc=c.family, initial=done, total=c.steps, disable=distributed.RANK > 0)
+    with Stop() as run.stop, bar:
         try:
             while True:
                 last = done == c.steps
@@ -468,40 +479,40 @@ def train(config):
                         return 1
                     done += 1
                     report.skipped(done)
-                    bar.update()
-                    continue
-                done += 1
-                report.step(done, metrics)
-                if done % c.eval_every == 0 or done == c.steps:
-                    report.picture(done, *picture)
+                else:
+                    done += 1
+                    report.step(done, metrics)
+                    if done % c.eval_every == 0 or done == c.steps:
+                        report.picture(done, *picture)
                 bar.update()
         except Stopped as stopped:
             report.stopped(checkpoint.save(run, report.log(), done))
-            return 128 + stopped.signum
-    models.save_lora(run.model, "ema", report.folder / "lora")
+            return 128 + stopped.args[0]
     report.finish()
     return 0
 
 
 def main(argv=None):
-    """Run the command line; returns the exit code: 0, 2 on bad input, 130 on Ctrl-C."""
+    """Run the command line; returns the exit code: 0; 2 on bad input; 1 where numbers, memory or
+    another process failed; 130 on Ctrl-C, 143 on SIGTERM."""
     try:
-        return train(parse(argv, __doc__))
-    except (*BAD_INPUT, OSError, SafetensorError) as error:
-        print(f"train.py: error: {(str(error).splitlines() or [repr(error)])[0]}", file=sys.stderr)
-        return 2
-    except FloatingPointError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 1
-    except torch.OutOfMemoryError as error:
-        about = str(error).split(". ")[0]
-        print(f"train.py: {about}; lower --micro_batch or --resolution", file=sys.stderr)
-        return 1
+        with distributed.group():
+            config = distributed.exchange(parse(argv, __doc__))[0]  # the first one's for all
+            return train(config)
     except SystemExit as request:  # --help
         return request.code or 0
-    except KeyboardInterrupt:
-        print("train.py: left at once; the last checkpoint, if any, is whole", file=sys.stderr)
-        return 130
+    except (*BAD_INPUT, OSError, SafetensorError) as error:
+        ended, code, line = error, 2, f"error: {(str(error).splitlines() or [repr(error)])[0]}"
+    except distributed.Lost as error:
+        ended, code, line = error, 1, str(error)
+    except torch.OutOfMemoryError as error:
+        about = str(error).split(". ")[0]
+        ended, code, line = error, 1, f"{about}; lower --micro_batch or --resolution"
+    except KeyboardInterrupt as error:
+        ended, code, line = error, 130, "left at once; the last checkpoint, if any, is whole"
+    if distributed.RANK == 0 or not hasattr(ended, "told"):
+        print(f"train.py: {line}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

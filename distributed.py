@@ -1,0 +1,112 @@
+"""Many processes: the same run on one GPU or on many, on one node or on more.
+
+    torchrun --nproc_per_node=8 train.py ...
+
+Every rank holds the whole model and draws its share of the prompts; everything else is the same
+computation on each, from the same numbers, so the ranks cannot drift apart. Two collectives are
+all there is: `exchange`, of small Python objects, and `total`, of gradients. Prompts, and not
+images, are split, and gradients are summed in float64: whichever rank draws a prompt, in whatever
+company, its micro-batches are the same, and so are the sums.
+
+A rank that cannot go on joins the next exchange with its error instead of a value, and all raise
+it there. One that dies, or does not come within TIMEOUT, is Lost to the others, who end.
+"""
+
+import contextlib
+import os
+import pickle
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+RANK = int(os.environ.get("RANK", 0))  # torchrun sets these three
+WORLD = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+TIMEOUT = timedelta(minutes=30)  # how long ranks wait for one that downloads, pretrains or hangs
+
+
+class Lost(RuntimeError):
+    """Another process died or did not answer."""
+
+
+@contextlib.contextmanager
+def group():
+    """All processes of a run, together; an exception that leaves one leaves all."""
+    if WORLD == 1:
+        yield
+        return
+    both = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(both, timeout=TIMEOUT)
+    try:
+        yield
+    except Exception as error:
+        if not (hasattr(error, "told") or isinstance(error, Lost)):
+            fail(error)
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+def mine(items):
+    """This rank's share of a list."""
+    return items[RANK::WORLD]
+
+
+def gather(share):
+    """Everyone's results for `mine(items)` -> the results for items, in their order."""
+    shares = exchange(share)
+    return [shares[i % WORLD][i // WORLD] for i in range(sum(map(len, shares)))]
+
+
+def exchange(value):
+    """Each rank's value, by rank; if that of a rank is an exception, all raise it. Raises Lost."""
+    if WORLD == 1:
+        return [value]
+    values = [None] * WORLD
+    with _lost():
+        dist.all_gather_object(values, value)
+    for value in values:
+        if isinstance(value, Exception):
+            value.told = True
+            raise value
+    return values
+
+
+def total(tensors):
+    """Sum each tensor over the ranks, in place. Raises Lost."""
+    for tensor in tensors if WORLD > 1 else ():
+        with _lost():
+            dist.all_reduce(tensor)
+
+
+def fail(error):
+    """Raise an error here and, at their next exchange, in all other ranks."""
+    if WORLD > 1:
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:
+            error = RuntimeError(f"rank {RANK}: {type(error).__name__}: {error}")
+        exchange(error)
+    raise error
+
+
+@contextlib.contextmanager
+def first_on_its_node():
+    """One rank of each node does this before the others: what it downloads or trains they find."""
+    if LOCAL_RANK:
+        exchange(None)
+    yield
+    if not LOCAL_RANK:
+        exchange(None)
+
+
+@contextlib.contextmanager
+def _lost():
+    try:
+        yield
+    except RuntimeError as error:
+        line = " ".join(str(error).split())[:200]
+        raise Lost(
+            f"rank {RANK} lost another process; the last checkpoint is whole ({line})"
+        ) from error
