@@ -2,14 +2,13 @@
 
     checkpoints/step_000010/
         state.safetensors   the three adapters and AdamW's state
-        run.json            step, options, a fingerprint of the prompts, random states by rank
+        run.json            step, options, a fingerprint of the prompts
         metrics.jsonl       the log so far
         manifest.json       size and SHA-256 of these three
 
-A checkpoint is written into a folder of a temporary name, synced and renamed: it is whole or it
-is not there. Nothing of the method draws from a global random generator (every number follows
-from the seed and the step), but a reward of the user's own may, so their states are kept.
-With many processes the first one writes; all must see the folder to continue.
+There is no random state in it: every number follows from the seed, the step and the prompt. It is
+written into a folder of a temporary name, synced and renamed: it is whole or it is not there. With
+many processes the first one writes; all must see the folder to continue.
 
 What is read is not trusted: names and sizes are checked before contents, hashes before anything
 is parsed, shapes before anything is loaded, and no pickle is ever opened.
@@ -19,11 +18,9 @@ import dataclasses
 import hashlib
 import json
 import os
-import random
 import shutil
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -32,7 +29,10 @@ import distributed
 import models
 
 FILES = ("state.safetensors", "run.json", "metrics.jsonl")
-LARGEST_JSON = 2**24  # bytes, of run.json, manifest.json and of a line of metrics.jsonl
+LARGEST = {"state.safetensors": 2**40, "metrics.jsonl": 2**30}  # bytes
+LARGEST_JSON = 2**24  # of the other two and of a line of metrics.jsonl
+EVALUATION = {"eval/reward", "eval/rewards", "eval/standard_error"}  # and, after step 0, GAIN
+GAIN = {"eval/gain", "eval/gain_standard_error"}
 FREE = {"resume", "steps", "device", "output_dir", "report_to", "keep_checkpoints"}
 
 
@@ -59,11 +59,10 @@ def fingerprint(*parts):
 def save(run, log, step):
     """Write the checkpoint of `step` and delete all but the last --keep_checkpoints.
 
-    log: metrics.jsonl's text so far. All processes call it. Returns its path."""
+    log: metrics.jsonl's text so far. Returns its path."""
     folder = Path(run.config.output_dir) / "checkpoints"
-    path, unfinished = folder / f"step_{step:06d}", folder / f"unfinished_{os.getpid()}"
-    random_states = distributed.exchange(_random_state())
-    if distributed.RANK > 0:
+    path, unfinished = folder / f"step_{step:06d}", folder / "unfinished"
+    if distributed.RANK > 0 or (path.exists() and _is_intact(path)):
         return path
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -73,20 +72,21 @@ def save(run, log, step):
             "step": step,
             "options": dataclasses.asdict(run.config),
             "prompts": fingerprint(run.train, run.held_out),
-            "random": random_states,
         }
         (unfinished / FILES[1]).write_text(json.dumps(about))
         (unfinished / FILES[2]).write_text(log)
-        manifest = {name: [*_size_and_hash(unfinished / name)] for name in FILES}
+        files = {name: unfinished / name for name in FILES}
+        manifest = {name: [file.stat().st_size, _hash(file)] for name, file in files.items()}
         (unfinished / "manifest.json").write_text(json.dumps(manifest, indent=1))
         for name in (*FILES, "manifest.json", "."):
             _sync(unfinished / name)
-        shutil.rmtree(path, ignore_errors=True)  # of this step, damaged or of an earlier try
+        shutil.rmtree(path, ignore_errors=True)  # a damaged one
         unfinished.rename(path)
         _sync(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    for _, old in found(run.config.output_dir)[: -run.config.keep_checkpoints]:
+    before = [old for number, old in found(run.config.output_dir) if number <= step]
+    for old in before[: -run.config.keep_checkpoints]:
         shutil.rmtree(old, ignore_errors=True)
     return path
 
@@ -101,33 +101,9 @@ def _tensors(run):
     return tensors
 
 
-def _random_state():
-    """What the global generators of this process would draw next, as JSON has it."""
-    kind, keys, *rest = np.random.get_state()
-    torches = [torch.get_rng_state()]
-    if torch.cuda.is_available():
-        torches.append(torch.cuda.get_rng_state())
-    return {
-        "python": random.getstate(),
-        "numpy": [kind, keys.tolist(), *rest],
-        "torch": [state.numpy().tobytes().hex() for state in torches],
-    }
-
-
-def _set_random_state(state):
-    version, keys, gauss = state["python"]
-    random.setstate((version, tuple(keys), gauss))
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-    cpu, *gpu = (torch.frombuffer(bytearray.fromhex(s), dtype=torch.uint8) for s in state["torch"])
-    torch.set_rng_state(cpu)
-    if gpu and torch.cuda.is_available():
-        torch.cuda.set_rng_state(gpu[0])
-
-
-def _size_and_hash(path):
+def _hash(path):
     with open(path, "rb") as file:
-        return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path):
@@ -150,13 +126,19 @@ def read(path):
         if not isinstance(manifest, dict) or sorted(manifest) != sorted(FILES):
             raise CheckpointError("its manifest names other files")
         for name in FILES:
-            if manifest[name] != [*_size_and_hash(path / name)]:
+            size, digest = manifest[name]
+            file = path / name
+            if file.is_symlink() or file.stat().st_size > LARGEST.get(name, LARGEST_JSON):
+                raise CheckpointError(f"{name} cannot be one of a checkpoint")
+            if file.stat().st_size != size or _hash(file) != digest:
                 raise CheckpointError(f"{name} is not what the manifest says")
         about = _json(path / "run.json")
         with open(path / "metrics.jsonl", encoding="utf-8") as file:
             lines = [_line(text) for text in iter(lambda: file.readline(LARGEST_JSON), "")]
         if about["step"] != int(path.name[5:]) or not isinstance(about["options"], dict):
             raise CheckpointError("run.json is of another checkpoint")
+        if [line["step"] for line in lines if line["step"]] != list(range(1, about["step"] + 1)):
+            raise CheckpointError("metrics.jsonl is of another checkpoint")
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -172,10 +154,24 @@ def _json(path):
 
 
 def _line(text):
+    """A line of metrics.jsonl: numbers by name; an evaluation has all that is read of one."""
     line = json.loads(text)
-    if not isinstance(line["step"], int):
-        raise CheckpointError("metrics.jsonl has a line of no step")
+    for name, value in line.items():
+        for number in value if name == "eval/rewards" else [value]:
+            if not isinstance(number, (int, float, type(None))):
+                raise CheckpointError(f"metrics.jsonl has no number for {name}")
+    wanted = EVALUATION | (GAIN if line["step"] else set())
+    if not isinstance(line["step"], int) or wanted - line.keys() not in (set(), wanted):
+        raise CheckpointError("metrics.jsonl has a line that is none of a run")
     return line
+
+
+def _is_intact(path):
+    try:
+        read(path)
+    except CheckpointError:
+        return False
+    return True
 
 
 def newest(folder):
@@ -198,13 +194,14 @@ def load(run, path, about):
     nothing is changed, if it is of another model or other prompts."""
     if about["prompts"] != fingerprint(run.train, run.held_out):
         raise CheckpointError(f"{path}: the run had other prompts")
-    expected = {name: list(t.shape) for name, t in _tensors(run).items()}
+    expected = {name: ["F32", *t.shape] for name, t in _tensors(run).items()}
     policy = models.lora_parameters(run.model.transformer, "default")
     for i, p in enumerate(policy):
         shapes = {"step": [], "exp_avg": list(p.shape), "exp_avg_sq": list(p.shape)}
-        expected |= {f"optimizer.{i}.{name}": shape for name, shape in shapes.items()}
+        expected |= {f"optimizer.{i}.{name}": ["F32", *shape] for name, shape in shapes.items()}
     with safe_open(path / "state.safetensors", "pt") as file:
-        stored = {name: file.get_slice(name).get_shape() for name in file.keys()}
+        slices = {name: file.get_slice(name) for name in file.keys()}
+        stored = {name: [s.get_dtype(), *s.get_shape()] for name, s in slices.items()}
         if about["step"] == 0:  # AdamW has no state before its first step
             expected = {k: v for k, v in expected.items() if not k.startswith("optimizer.")}
         if stored != expected:
@@ -222,5 +219,3 @@ def load(run, path, about):
                 parameters[int(i)].copy_(file.get_tensor(name))
     groups = run.optimizer.state_dict()["param_groups"]
     run.optimizer.load_state_dict({"state": state, "param_groups": groups})
-    if distributed.RANK < len(about["random"]):
-        _set_random_state(about["random"][distributed.RANK])

@@ -199,6 +199,8 @@ def _resumed_config(given):
             raise OptionError(f"--resume {folder}: {path} has {name} = {value!r}")
     changed = {k: v for k, v in given.items() if k != "force" and saved.get(k) != v}
     forced = set(filter(None, given.get("force", "").split(",")))
+    if forced - fields.keys():
+        raise OptionError(f"--force {given['force']}: names of options, without dashes")
     refused = changed.keys() - checkpoint.FREE - forced
     if refused:
         each = ", ".join(
@@ -207,7 +209,7 @@ def _resumed_config(given):
         raise OptionError(f"--resume {folder}: {each}; --force {','.join(sorted(refused))} goes on")
     config = Config(**saved | changed)
     config.resume = config.output_dir = folder
-    if about["step"] >= config.steps:
+    if about["step"] > config.steps:
         raise OptionError(
             f"--resume {folder}: it has done {about['step']} steps; give more --steps"
         )

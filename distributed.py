@@ -37,11 +37,12 @@ def group():
         yield
         return
     both = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(both, timeout=TIMEOUT)
+    with _lost():
+        dist.init_process_group(both, timeout=TIMEOUT)
     try:
         yield
     except Exception as error:
-        if not (hasattr(error, "told") or isinstance(error, Lost)):
+        if not (hasattr(error, "rank") or isinstance(error, Lost)):  # those all know of
             fail(error)
         raise
     finally:
@@ -60,15 +61,16 @@ def gather(share):
 
 
 def exchange(value):
-    """Each rank's value, by rank; if that of a rank is an exception, all raise it. Raises Lost."""
+    """Each rank's value, by rank; if that of a rank is an exception, all raise it, with the rank
+    as its `rank`. Raises Lost."""
     if WORLD == 1:
         return [value]
     values = [None] * WORLD
     with _lost():
         dist.all_gather_object(values, value)
-    for value in values:
+    for rank, value in enumerate(values):
         if isinstance(value, Exception):
-            value.told = True
+            value.rank = rank
             raise value
     return values
 
@@ -86,7 +88,7 @@ def fail(error):
         try:
             pickle.loads(pickle.dumps(error))
         except Exception:
-            error = RuntimeError(f"rank {RANK}: {type(error).__name__}: {error}")
+            error = RuntimeError(f"{type(error).__name__}: {error}")
         exchange(error)
     raise error
 
@@ -106,7 +108,7 @@ def _lost():
     try:
         yield
     except RuntimeError as error:
-        line = " ".join(str(error).split())[:200]
         raise Lost(
-            f"rank {RANK} lost another process; the last checkpoint is whole ({line})"
+            f"rank {RANK}: another process died or did not answer for {TIMEOUT}, its own lines say "
+            f"why; the last checkpoint is whole"
         ) from error

@@ -155,7 +155,10 @@ class Report:
                 self.history.append(line)
         for note in [*notes, f"continuing from {path}"]:
             say(note)
-        return int(path.name[5:])
+        done = int(path.name[5:])
+        if done == self.config.steps:
+            say(f"all {done} steps are done: writing their results; more --steps would go on")
+        return done
 
     def is_evaluated(self, step):
         return bool(self.evaluations) and self.evaluations[-1]["step"] == step
@@ -218,10 +221,10 @@ class Report:
         _save(figure, self.folder / "curve.png")
 
     def finish(self):
-        """Write what a finished run leaves, the LoRA above all."""
+        """Write what a finished run leaves, its LoRA last."""
         if distributed.RANK > 0:
             return
-        models.save_lora(self.run.model, "ema", self.folder / "lora")
+        (self.folder / "lora").mkdir(exist_ok=True)
         self.curve()
         first, last = self.evaluations[0], self.evaluations[-1]
         result = "{} before, {} after {} steps".format(
@@ -234,6 +237,7 @@ class Report:
             result += f", {gain / error:.1f} standard errors"
         say(f"\nheld-out reward: {result}")
         self._card(result)
+        models.save_lora(self.run.model, "ema", self.folder / "lora")
         stages = "  ".join(f"{k} {v:.0f}s" for k, v in self.run.clock.seconds.items())
         say(f"time: {time.perf_counter() - self.started:.0f}s in all;  {stages}")
         for name in ("curve.png", "images", "metrics.jsonl", "lora", "checkpoints", "config.json"):

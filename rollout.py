@@ -10,6 +10,8 @@ of the pool, and its size comes from the config alone. `python paper.py fidelity
 the ranking moves when it is another. The noise never depends on it.
 """
 
+import random
+
 import numpy as np
 import torch
 
@@ -19,6 +21,13 @@ def candidate_seeds(run_seed, step, prompt_index, n):
     one. All arguments are integers >= 0; numpy's SeedSequence mixes them."""
     state = np.random.SeedSequence((run_seed, step, prompt_index)).generate_state(n, np.uint64)
     return [int(s >> np.uint64(1)) for s in state]
+
+
+def seed_globals(seed):
+    """Seed the global generators, from which nothing here draws, but a reward may."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
 def initial_noise(seeds, shape):

@@ -40,7 +40,7 @@ from config import FAMILIES, OptionError, parse, split_prompts
 from engine import EngineError
 from report import Report, say
 from reward import NonFiniteScores, RewardError, build_reward, read_spec
-from rollout import candidate_seeds, draw, initial_noise, sample, sampling_times
+from rollout import candidate_seeds, draw, initial_noise, sample, sampling_times, seed_globals
 
 # `import select` may give the standard library's module of that name: load ours by its path.
 _spec = importlib.util.spec_from_file_location("selection", Path(__file__).with_name("select.py"))
@@ -174,6 +174,7 @@ def rollout(run, stage, transformer, row, seeds):
     proxy = stage == "explore" and FAMILIES[c.family].regenerate
     steps = c.explore_steps if proxy else c.rollout_steps
     pieces = draw(run.model, transformer, text, seeds, steps, c.micro_batch)
+    seed_globals(seeds[0])
     rewards, scores, latents, shown = [], [], [], {}
     while True:
         with run.clock(stage):
@@ -409,6 +410,7 @@ def evaluate(run):
     with models.policy(run.model.transformer, "ema") as ema:
         for i in distributed.mine(range(0, len(rows), c.micro_batch)):
             run.stop.check()
+            seed_globals(seeds[i])
             part, noise = rows[i : i + c.micro_batch], seeds[i : i + c.micro_batch]
             noise = initial_noise(noise, run.model.latent_shape)
             text = run.held_out.text.take(part).to(c.device)
@@ -452,14 +454,14 @@ class Stop:
 def train(config):
     """The whole run; returns the exit code. A step is done when its line is in the log; what a
     signal or a kill leaves of another one is drawn again."""
-    c, run = config, Run(config)
-    report, done = Report(run), 0
-    if c.resume:
-        path, about, log, notes = checkpoint.newest(c.resume)
-        checkpoint.load(run, path, about)
-        done = report.resumed(path, log, notes)
-    bar = tqdm(desc=c.family, initial=done, total=c.steps, disable=distributed.RANK > 0)
-    with Stop() as run.stop, bar:
+    c, run, done = config, Run(config), 0
+    bar = tqdm(desc=c.family, total=c.steps, disable=distributed.RANK > 0)
+    with Stop() as run.stop, bar, resumable(c.output_dir):
+        report = Report(run)
+        if c.resume:
+            path, about, log, notes = checkpoint.newest(c.resume)
+            checkpoint.load(run, path, about)
+            done = bar.n = bar.initial = report.resumed(path, log, notes)
         try:
             while True:
                 last = done == c.steps
@@ -468,7 +470,8 @@ def train(config):
                 if done % c.checkpoint_every == 0 or last:
                     checkpoint.save(run, report.log(), done)
                 if last:
-                    break
+                    report.finish()
+                    return 0
                 try:
                     metrics, picture = iteration(run, done)
                 except NonFinite as error:
@@ -488,29 +491,45 @@ def train(config):
         except Stopped as stopped:
             report.stopped(checkpoint.save(run, report.log(), done))
             return 128 + stopped.args[0]
-    report.finish()
-    return 0
+
+
+class Ended(RuntimeError):
+    """What is outside the run failed it: the disk, a reward."""
+
+
+@contextlib.contextmanager
+def resumable(folder):
+    """Say how the run goes on when what fails it in here is mended."""
+    try:
+        yield
+    except (OSError, SafetensorError, RewardError) as error:
+        steps = [step for step, _ in checkpoint.found(folder)]
+        then = f"--resume {folder} goes on from step {steps[-1]}" if steps else "start again"
+        line = " ".join(str(error).split()) or repr(error)
+        raise Ended(f"{line}; when that is mended {then}") from error
 
 
 def main(argv=None):
-    """Run the command line; returns the exit code: 0; 2 on bad input; 1 where numbers, memory or
-    another process failed; 130 on Ctrl-C, 143 on SIGTERM."""
+    """Run the command line; returns the exit code: 0; 2 on bad input; 1 where numbers, memory, the
+    disk, a reward or another process failed; 130 on Ctrl-C, 143 on SIGTERM."""
     try:
         with distributed.group():
             config = distributed.exchange(parse(argv, __doc__))[0]  # the first one's for all
             return train(config)
     except SystemExit as request:  # --help
         return request.code or 0
+    except (distributed.Lost, Ended) as error:
+        ended, code, line = error, 1, str(error)
     except (*BAD_INPUT, OSError, SafetensorError) as error:
         ended, code, line = error, 2, f"error: {(str(error).splitlines() or [repr(error)])[0]}"
-    except distributed.Lost as error:
-        ended, code, line = error, 1, str(error)
     except torch.OutOfMemoryError as error:
         about = str(error).split(". ")[0]
         ended, code, line = error, 1, f"{about}; lower --micro_batch or --resolution"
     except KeyboardInterrupt as error:
         ended, code, line = error, 130, "left at once; the last checkpoint, if any, is whole"
-    if distributed.RANK == 0 or not hasattr(ended, "told"):
+    if getattr(ended, "rank", 0):
+        line = f"rank {ended.rank}: {line}"
+    if distributed.RANK == 0 or not hasattr(ended, "rank"):  # others know of it too
         print(f"train.py: {line}", file=sys.stderr)
     return code
 

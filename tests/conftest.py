@@ -1,3 +1,4 @@
+import json
 import os
 import sys
 from pathlib import Path
@@ -10,6 +11,27 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 FAMILIES = ("sana", "flux", "sd3")
+
+
+MINIATURE = (
+    "--steps 2 --prompts_per_step 1 --pool 6 --keep 4 --explore_steps 1 --rollout_steps 2 "
+    "--eval_steps 1 --eval_images 1 --eval_every 1 --micro_batch 36 --device cpu "
+    "--checkpoint_every 1"
+).split()
+
+
+def lines(folder):
+    """A run's metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def outcome(folder):
+    """All that must be equal in equal runs: the log without seconds, the LoRA's bytes."""
+    from safetensors.torch import load_file
+
+    log = [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines(folder)]
+    lora = load_file(folder / "lora" / "pytorch_lora_weights.safetensors")
+    return log, {k: v.numpy().tobytes() for k, v in lora.items()}
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import stand_in
 import torch
-from test_train import MINIATURE, lines
+from conftest import MINIATURE, lines
 from torch import nn
 
 import engine

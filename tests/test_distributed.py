@@ -1,0 +1,139 @@
+"""Many processes give the run of one, and end together."""
+
+import json
+import os
+import subprocess
+import sys
+
+import torch
+from conftest import MINIATURE, PROJECT, outcome
+
+import checkpoint
+import train
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT)}
+
+
+def torchrun(n, *command):
+    """A command on n processes; (exit code, what they said)."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*launch, f"--nproc_per_node={n}", *map(str, command)],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+    return done.returncode, done.stdout
+
+
+PRIMITIVES = """
+import json, sys, time
+from datetime import timedelta
+import torch, torch.distributed as dist
+import distributed as d
+
+d.TIMEOUT = timedelta(seconds=3)
+said = {"rank": d.RANK}
+try:
+    with d.group():
+        items = list(range(7))
+        said["gathered"] = d.gather([10 * i for i in d.mine(items)])
+        said["few"] = d.gather([str(i) for i in d.mine(items[:1])])
+        tensors = [torch.full((2,), 10.0**d.RANK, dtype=torch.float64)]
+        d.total(tensors)
+        said["total"] = tensors[0].tolist()
+        with d.first_on_its_node():
+            time.sleep(0.5 * (d.LOCAL_RANK == 0))
+            said["at"] = time.monotonic()
+        said["errors"] = []
+        for error in (ValueError("a b"), KeyError(lambda: 0)):  # one cannot be sent as it is
+            try:
+                if d.RANK == 1:
+                    d.fail(error)
+                d.exchange("others are here")
+            except Exception as e:
+                said["errors"].append([type(e).__name__, str(e)[:12], e.rank])
+        if d.RANK == 1:
+            time.sleep(6)
+        d.exchange(0)
+except d.Lost as error:
+    said["lost"] = str(error)
+print("SAID" + json.dumps(said), flush=True)
+"""
+
+
+def test_exchanges_totals_errors_and_a_rank_that_hangs(tmp_path):
+    (tmp_path / "script.py").write_text(PRIMITIVES)
+    code, text = torchrun(3, tmp_path / "script.py")
+    said = [json.loads(line[4:]) for line in text.splitlines() if line.startswith("SAID")]
+    said.sort(key=lambda each: each["rank"])
+    assert len(said) == 3, text
+    for each in said:
+        assert each["gathered"] == [0, 10, 20, 30, 40, 50, 60] and each["few"] == ["0"]
+        assert each["total"] == [111, 111]
+        assert each["errors"] == [["ValueError", "a b", 1], ["RuntimeError", "KeyError: <f", 1]]
+        assert "another process died or did not answer for 0:00:03" in each["lost"]
+    assert all(each["at"] >= said[0]["at"] for each in said)
+
+
+KILLED = """
+import os, signal, sys
+import distributed, train
+
+def killed(run, *rest):
+    if rest[-1] == 2 and distributed.RANK == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return update(run, *rest)
+
+update, train.update = train.update, killed
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def test_one_two_and_three_processes_give_the_same_run_and_one_that_dies_harms_none(
+    tmp_path, world
+):
+    options = [*MINIATURE, "--steps", "3", "--prompts_per_step", "4", "--micro_batch", "3"]
+    options += ["--eval_every", "3"]
+    threads, script = torch.get_num_threads(), PROJECT / "train.py"
+    code, said = torchrun(3, script, *options, "--output_dir", tmp_path / "three")
+    assert code == 0 and said.count("explored in nvfp4") == 1, said
+    torch.set_num_threads(1)
+    assert train.main([*options, "--output_dir", str(tmp_path / "one")]) == 0
+    torch.set_num_threads(threads)
+    assert outcome(tmp_path / "three") == outcome(tmp_path / "one")
+
+    (tmp_path / "killed.py").write_text(KILLED)
+    folder = tmp_path / "two"
+    code, said = torchrun(2, tmp_path / "killed.py", *options, "--output_dir", folder)
+    assert code != 0 and "rank 0: another process died" in said
+    assert [step for step, _ in checkpoint.found(folder)] == [1, 2]
+    torch.set_num_threads(1)
+    assert train.main(["--resume", str(folder)]) == 0
+    torch.set_num_threads(threads)
+    assert outcome(folder) == outcome(tmp_path / "one")
+
+
+def test_what_is_wrong_is_said_once_and_by_its_rank(tmp_path, world):
+    code, said = torchrun(
+        2, PROJECT / "train.py", "--prompts_per_step", "1", "--output_dir", tmp_path / "run"
+    )
+    lines = [line for line in said.splitlines() if line.startswith("train.py")]
+    assert code != 0 and len(lines) == 1 and not (tmp_path / "run").exists()
+    assert "--prompts_per_step 1: fewer than the 2 processes" in lines[0]
+
+
+def test_each_process_takes_the_gpu_of_its_own(monkeypatch, capsys):
+    taken = []
+    monkeypatch.setattr(train.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(train.torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(train.distributed, "LOCAL_RANK", 3)
+    for device in ("cuda", "cuda:1"):
+        assert train.main(["--device", device]) == 2  # there is none here
+    assert taken == [3, 1]
+    monkeypatch.setattr(train.distributed, "WORLD", 4)
+    monkeypatch.setattr(train.distributed, "group", train.contextlib.nullcontext)
+    assert train.main(["--device", "cuda:1"]) == 2
+    assert "--device cuda:1: one for 4 processes; give cuda" in capsys.readouterr().err
