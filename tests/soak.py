@@ -1,123 +1,301 @@
-"""Minutes of abuse, too long for pytest: a miniature run killed, cut, flipped and fuzzed.
+"""Minutes of abuse, too long for pytest: a miniature run killed, starved, split and fuzzed.
 
 python tests/soak.py kill       # 50 runs of 6 steps, SIGKILL at random moments, resumed
-python tests/soak.py damage     # 200 bytes of a checkpoint flipped or cut
+python tests/soak.py write      # 20 more, killed inside the writing of a checkpoint
+python tests/soak.py disk       # a disk that is full at every write in turn
+python tests/soak.py ranks      # 1, 2 and 3 processes; killed, hanging, failing, stopped ones
+python tests/soak.py fuzz       # 300 command lines and prompts files
 python tests/soak.py memory     # 200 steps: resident size and open files
 """
 
-import json
+import contextlib
+import io
+import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-PROJECT = Path(__file__).parent.parent
-sys.path.insert(0, str(PROJECT))
+from conftest import MINIATURE, PROJECT, lines, outcome
 
-MINIATURE = (
-    "--prompts_per_step 1 --pool 6 --keep 4 --explore_steps 1 --rollout_steps 2 --eval_steps 1 "
-    "--eval_images 1 --eval_every 3 --checkpoint_every 1 --device cpu"
-).split()
+SIX = [*MINIATURE, "--steps", "6", "--eval_every", "3"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT)}
 
 
-def command(*options):
-    return [sys.executable, str(PROJECT / "train.py"), *map(str, options)]
-
-
-def outcome(folder):
-    """All that must be equal: the log without seconds, the LoRA's bytes by tensor."""
-    from safetensors.torch import load_file
-
-    log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    log = [{k: v for k, v in line.items() if not k.startswith("time/")} for line in log]
-    lora = load_file(folder / "lora" / "pytorch_lora_weights.safetensors")
-    return log, {k: v.numpy().tobytes() for k, v in lora.items()}
-
-
-def kill(root, runs=50, steps=6):
-    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    whole = root / "whole"
-    start = time.monotonic()
-    subprocess.run(
-        command(*MINIATURE, "--steps", steps, "--output_dir", whole), check=True, **quiet
+def run(*command, timeout=None):
+    """A command of Python: its exit code and what it said; None if it was killed after a while."""
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
-    seconds, expected, same, kills = time.monotonic() - start, outcome(whole), 0, 0
-    draw = random.Random(0)
+    try:
+        said, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        return None, ""
+    return process.returncode, said
+
+
+def to_the_end(folder, timeouts, script=PROJECT / "train.py"):
+    """Start a run, or resume it, again and again until it is done; how often it was killed."""
+    kills = 0
+    while True:
+        options = ["--resume", folder]
+        if not list((folder / "checkpoints").glob("step_*")):
+            shutil.rmtree(folder, ignore_errors=True)
+            options = [*SIX, "--output_dir", folder]
+        code, said = run(script, *options, timeout=next(timeouts))
+        if code == 0:
+            return kills
+        assert code in (None, -signal.SIGKILL), said
+        kills += 1
+
+
+def kill(root, runs=50):
+    start = time.monotonic()
+    assert run(PROJECT / "train.py", *SIX, "--output_dir", root / "whole")[0] == 0
+    seconds, expected = time.monotonic() - start, outcome(root / "whole")
+    draw, kills, same = random.Random(0), 0, 0
     for i in range(runs):
-        folder = root / f"run{i}"
-        while True:
-            fresh = not list((folder / "checkpoints").glob("step_*"))
-            if fresh:
-                shutil.rmtree(folder, ignore_errors=True)
-            options = [*MINIATURE, "--steps", steps, "--output_dir", folder]
-            process = subprocess.Popen(
-                command(*(options if fresh else ["--resume", folder])), **quiet
-            )
-            try:
-                _, error = process.communicate(timeout=draw.uniform(0.3, 1.0) * seconds)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.communicate()
-                kills += 1
-                continue
-            done = process.returncode == 0 or "it has done" in error
-            assert done, error
-            break
-        same += outcome(folder) == expected
-        shutil.rmtree(folder)
+        timeouts = iter(lambda: draw.uniform(0.4, 1.1) * seconds, 0)
+        kills += to_the_end(root / "run", timeouts)
+        same += outcome(root / "run") == expected
+        shutil.rmtree(root / "run")
         print(f"{i + 1} runs, {kills} kills, {same} identical", flush=True)
     assert same == runs
 
 
-def damage(root, places=200):
-    import checkpoint
+KILLED_WRITING = """
+import os, signal, sys
+from pathlib import Path
+import checkpoint, train
 
-    subprocess.run(command(*MINIATURE, "--steps", 1, "--output_dir", root / "run"), check=True)
-    path = sorted((root / "run" / "checkpoints").iterdir())[-1]
-    draw, noticed = random.Random(0), 0
-    for _ in range(places):
-        copy = root / path.name
-        shutil.copytree(path, copy)
-        victim = draw.choice([p for p in sorted(copy.iterdir())])
-        data = bytearray(victim.read_bytes())
-        where = draw.randrange(len(data))
+at, count = int(sys.argv[1]), 0
+
+def counted(owner, name, file=None):
+    real = getattr(owner, name)
+    def write(*arguments, **named):
+        global count
+        inside = "unfinished" in str(arguments) or name == "fsync"
+        count += inside
+        if inside and count == at:
+            if file is not None:
+                real(*arguments, **named)
+                os.truncate(arguments[file], os.stat(arguments[file]).st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*arguments, **named)
+    setattr(owner, name, write)
+
+counted(checkpoint, "save_file", file=1)
+counted(Path, "write_text", file=0)
+counted(Path, "mkdir")
+counted(Path, "rename")
+counted(os, "fsync")
+sys.exit(train.main(sys.argv[2:]))
+"""
+
+
+def write(root, runs=20):
+    """Of the writes of the checkpoints, about a dozen each, one is cut by SIGKILL."""
+    (root / "killed.py").write_text(KILLED_WRITING)
+    assert run(PROJECT / "train.py", *SIX, "--output_dir", root / "whole")[0] == 0
+    draw, same = random.Random(0), 0
+    for i in range(runs):
+        at, folder = draw.randint(1, 70), root / "run"
+        code, said = run(root / "killed.py", at, *SIX, "--output_dir", folder)
+        assert code == -signal.SIGKILL, said
+        there = sorted(p.name for p in (folder / "checkpoints").iterdir())
+        to_the_end(folder, iter(lambda: None, 0))
+        same += outcome(folder) == outcome(root / "whole")
+        left = sorted(p.name for p in (folder / "checkpoints").iterdir())
+        assert left == ["step_000005", "step_000006"], left
+        shutil.rmtree(folder)
+        print(f"killed at write {at}, left {there}; {same} of {i + 1} identical", flush=True)
+    assert same == runs
+
+
+def disk(root):
+    """The disk is full at each write of a resumed run in turn, from its header to its LoRA."""
+    from test_checkpoint import full_disk
+
+    import train
+
+    def main(*options):
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            return train.main([str(option) for option in options])
+
+    import pytest
+
+    options = [*MINIATURE, "--output_dir", root / "whole"]
+    assert main(*options) == 0
+    at = 0
+    while True:
+        at += 1
+        folder = root / "run"
+        shutil.copytree(root / "whole", folder)
+        shutil.rmtree(folder / "checkpoints" / "step_000002")
+        shutil.rmtree(folder / "lora")
+        with pytest.MonkeyPatch.context() as patch:
+            done = full_disk(patch, at)
+            code = main("--resume", folder)
+        if len(done) < at:
+            break
+        unfinished = [p for p in folder.rglob("*") if "unfinished" in p.name or ".tmp" in p.name]
+        again = main("--resume", folder)
+        equal = outcome(folder) == outcome(root / "whole")
+        print(f"write {at}, {done[-1]}: exit {code}, then {again}; {equal}; {unfinished}")
+        assert code == 1 and again == 0 and equal
+        shutil.rmtree(folder)
+    assert at > 15
+
+
+TROUBLE = """
+import os, signal, sys, time
+from datetime import timedelta
+import torch
+import distributed, train
+
+what, distributed.TIMEOUT = sys.argv[1], timedelta(seconds=20)
+
+def update(run, *rest):
+    if rest[-1] == 2 and distributed.RANK == 1:
+        if what == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if what == "hangs":
+            time.sleep(1000)
+        if what == "nan":
+            at = ("velocity", torch.tensor(float("nan")), "update", "a prompt", 3, "bf16")
+            distributed.fail(train.NonFinite(*at))
+        if what == "fails":
+            raise train.RewardError("reward mine: no answer")
+        if what == "stopped":
+            os.kill(os.getppid(), signal.SIGTERM)
+    return real(run, *rest)
+
+real, train.update = train.update, update
+sys.exit(train.main(sys.argv[2:]))
+"""
+
+
+def ranks(root, steps=5):
+    from safetensors.torch import load_file
+
+    (root / "trouble.py").write_text(TROUBLE)
+    options = [*MINIATURE, "--steps", steps, "--prompts_per_step", 4, "--micro_batch", 3]
+    torchrun = ("-m", "torch.distributed.run", "--standalone")
+    folders = []
+    for n in (1, 2, 3):
+        folders.append(root / f"world{n}")
+        code, said = run(
+            *torchrun,
+            f"--nproc_per_node={n}",
+            PROJECT / "train.py",
+            *(*options, "--output_dir", folders[-1]),
+        )
+        assert code == 0, said
+        loras = [load_file(f / "lora" / "pytorch_lora_weights.safetensors") for f in folders]
+        apart = max(float((loras[0][k] - loras[-1][k]).abs().max()) for k in loras[0])
+        moved = max(float(v.abs().max()) for k, v in loras[0].items() if "lora_B" in k)
+        same = outcome(folders[0])[0] == outcome(folders[-1])[0]
+        print(f"{n} processes: LoRA apart {apart} of {moved:.2g}, same log: {same}", flush=True)
+    for what in ("killed", "hangs", "nan", "fails", "stopped"):
+        folder, start = root / what, time.monotonic()
+        command = [*torchrun, "--nproc_per_node=2", root / "trouble.py", what]
+        code, said = run(*command, *options, "--output_dir", folder)
+        said = [line for line in said.replace("\r", "\n").splitlines() if "train.py: " in line]
+        print(f"{what}: exit {code} after {time.monotonic() - start:.0f} s; {said}")
+        code, said = run(*torchrun, "--nproc_per_node=2", PROJECT / "train.py", "--resume", folder)
+        assert code == 0, said
+        print(f"  resumed: same {outcome(folder) == outcome(folders[0])}", flush=True)
+
+
+def fuzz(root, count=300):
+    """Command lines of good and bad words; a run that would start ends before its first step."""
+    import train
+
+    os.chdir(root)
+    draw = random.Random(0)
+    words = ["", "0", "1", "2", "-1", "7", "1e9", "nan", "inf", "é", "a b", "\x00", "../..", "/"]
+    words += [
+        "sana",
+        "flux",
+        "sd3",
+        "clipscore",
+        "none",
+        "nvfp4",
+        "bf16",
+        "P",
+        "Q",
+        "D",
+        "mine.py:f",
+    ]
+    (root / "D").mkdir()
+    (root / "mine.py").write_text("def f(i, p, m): return [0.0] * len(p)\n")
+    usual = vars(train.parse(["--output_dir", "x"]))
+    lived = 0
+    reached = type("Reached", (Exception,), {})
+
+    def stop(*_, **__):
+        raise reached
+
+    train.models.load = stop
+    for i in range(count):
+        for name in "PQ":
+            pieces = [b"a cat\n", b"\xff\xfe", b"", b"\n", b"{}", b'{"prompt": "x", "n": [1]}\n']
+            pieces += [b'{"prompt": 3}\n', b"\x00\n", "日本\n".encode(), b"[" * 2000, b"x" * 9999]
+            (root / name).write_bytes(b"".join(draw.choices(pieces, k=draw.randint(0, 4))))
+            shutil.copy(root / name, root / (name + ".jsonl"))
+        line = []
+        for _ in range(draw.randint(1, 4)):
+            name = draw.choice(list(usual))
+            word = usual[name] if draw.random() < 0.7 else draw.choice(words)
+            line += [f"--{name}"] if isinstance(word, bool) else [f"--{name}", str(word)]
         if draw.random() < 0.5:
-            data[where] ^= 1 << draw.randrange(8)
-        else:
-            del data[where : where + draw.randint(1, len(data))]
-        victim.write_bytes(data)
-        try:
-            checkpoint.read(copy)
-        except checkpoint.CheckpointError:
-            noticed += 1
-        else:  # harmless: the manifest's spaces
-            assert json.loads((path / "manifest.json").read_text()) == json.loads(
-                (copy / "manifest.json").read_text()
-            ), victim
-        shutil.rmtree(copy)
-    print(f"{noticed} of {places} noticed, the others harmless")
+            line += ["--prompts", draw.choice(["P", "Q.jsonl", "D", "none"])]
+            line += ["--prompts_per_step", "1"]
+        before = sorted(p for p in root.rglob("*") if "__pycache__" not in p.parts)
+        error = io.StringIO()
+        with contextlib.redirect_stderr(error), contextlib.redirect_stdout(io.StringIO()):
+            try:
+                code = train.main(line)
+            except reached:
+                code, lived = 0, lived + 1
+        assert code in (0, 2), (line, code)
+        assert code == 0 or error.getvalue().count("\n") == 1, (line, error.getvalue())
+        assert sorted(p for p in root.rglob("*") if "__pycache__" not in p.parts) == before, line
+    print(f"{count} command lines: {lived} would have run, the others were refused in a line")
 
 
 def memory(root, steps=200):
     options = [*MINIATURE, "--steps", steps, "--eval_every", 50, "--checkpoint_every", 20]
+    command = [sys.executable, PROJECT / "train.py", *options, "--output_dir", root / "run"]
     process = subprocess.Popen(
-        command(*options, "--output_dir", root / "run"), stdout=subprocess.DEVNULL
+        list(map(str, command)),
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
-    proc = Path(f"/proc/{process.pid}")
+    proc, shown = Path(f"/proc/{process.pid}"), 0
     while process.poll() is None:
-        time.sleep(10)
-        log = root / "run" / "metrics.jsonl"
-        if log.exists() and proc.exists():
-            status = (proc / "status").read_text()
-            size = int(status.split("VmRSS:")[1].split()[0]) // 1024
-            files = len(list((proc / "fd").iterdir()))
-            print(f"{len(log.read_text().splitlines()) - 1} steps: {size} MB, {files} files")
+        time.sleep(1)
+        if (root / "run" / "metrics.jsonl").exists() and proc.exists():
+            done = lines(root / "run")[-1]["step"]
+            if done >= shown:
+                size = int((proc / "status").read_text().split("VmRSS:")[1].split()[0]) // 1024
+                print(f"{done} steps: {size} MB, {len(list((proc / 'fd').iterdir()))} files")
+                shown += 20
     assert process.returncode == 0
 
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        {"kill": kill, "damage": damage, "memory": memory}[sys.argv[1]](Path(folder))
+        todo = dict(kill=kill, write=write, disk=disk, ranks=ranks, fuzz=fuzz, memory=memory)
+        todo[sys.argv[1]](Path(folder))
