@@ -1,4 +1,4 @@
-"""Checkpoints: a run stopped at any moment continues as if it had not been.
+"""Checkpoints: a run that stops at any moment continues as if it had not.
 
     checkpoints/step_000010/
         state.safetensors   the three adapters and AdamW's state
@@ -14,26 +14,31 @@ What is read is not trusted: names and sizes are checked before contents, hashes
 is parsed, shapes before anything is loaded, and no pickle is ever opened.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import shutil
+import signal
+import sys
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import distributed
 import models
+from reward import RewardError
 
 FILES = ("state.safetensors", "run.json", "metrics.jsonl")
 LARGEST = {"state.safetensors": 2**40, "metrics.jsonl": 2**30}  # bytes
 LARGEST_JSON = 2**24  # of the other two and of a line of metrics.jsonl
 EVALUATION = {"eval/reward", "eval/rewards", "eval/standard_error"}  # and, after step 0, GAIN
 GAIN = {"eval/gain", "eval/gain_standard_error"}
-FREE = {"resume", "steps", "device", "output_dir", "report_to", "keep_checkpoints"}
+FREE = "resume steps device output_dir report_to checkpoint_every keep_checkpoints on_nonfinite"
+# Options that a continued run may have otherwise: they change no number.
 
 
 class CheckpointError(ValueError):
@@ -50,6 +55,58 @@ def fingerprint(*parts):
     """A hash of the prompts and metadata of training and held-out Prompts."""
     text = json.dumps([[part.prompts, part.metadata] for part in parts], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------
+# Stopping
+
+
+class Stopped(Exception):
+    """A signal, its only argument, asked the run to stop."""
+
+
+class Stop:
+    """Inside, SIGINT (Ctrl-C) and SIGTERM let the micro-batch finish: `check` then raises Stopped.
+    Another Ctrl-C leaves at once; another SIGTERM does not, clusters send several."""
+
+    asked = None
+
+    def __enter__(self):
+        self.before = {s: signal.signal(s, self.handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def handle(self, number, frame):
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if not self.asked:
+            distributed.say(
+                "stopping after this micro-batch; Ctrl-C to leave at once", file=sys.stderr
+            )
+        self.asked = number
+
+    def check(self):
+        if self.asked:
+            distributed.fail(Stopped(self.asked))
+
+
+class Ended(RuntimeError):
+    """What is outside the run failed it: the disk, a reward."""
+
+
+@contextlib.contextmanager
+def resumable(folder):
+    """Say how the run goes on when what fails it in here is mended."""
+    try:
+        yield
+    except (OSError, SafetensorError, RewardError) as error:
+        steps = [step for step, _ in found(folder)]
+        then = f"--resume {folder} goes on from step {steps[-1]}" if steps else "start again"
+        line = " ".join(str(error).split()) or repr(error)
+        raise Ended(f"{line}; when that is mended {then}") from error
 
 
 # ---------------------------------------------------------------------------------------------

@@ -201,7 +201,7 @@ def _resumed_config(given):
     forced = set(filter(None, given.get("force", "").split(",")))
     if forced - fields.keys():
         raise OptionError(f"--force {given['force']}: names of options, without dashes")
-    refused = changed.keys() - checkpoint.FREE - forced
+    refused = changed.keys() - set(checkpoint.FREE.split()) - forced
     if refused:
         each = ", ".join(
             f"--{k} was {saved.get(k)!r} and is {changed[k]!r}" for k in sorted(refused)

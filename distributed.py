@@ -19,6 +19,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 RANK = int(os.environ.get("RANK", 0))  # torchrun sets these three
 WORLD = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
@@ -47,6 +48,12 @@ def group():
         raise
     finally:
         dist.destroy_process_group()
+
+
+def say(text, **how):
+    """A line on the console, from the first process alone."""
+    if RANK == 0:
+        tqdm.write(text, **how)
 
 
 def mine(items):

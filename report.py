@@ -22,21 +22,15 @@ from pathlib import Path
 import matplotlib
 from huggingface_hub import ModelCardData
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 import distributed
 import models
 import quant
 from config import FAMILIES, command
+from distributed import say
 
 matplotlib.use("agg")
 from matplotlib import pyplot as plt  # noqa: E402  the backend comes first
-
-
-def say(text, **how):
-    """A line on the console, from the first process alone."""
-    if distributed.RANK == 0:
-        tqdm.write(text, **how)
 
 
 class Report:
@@ -144,7 +138,7 @@ class Report:
         ]
         return "".join(json.dumps(line) + "\n" for line in clean)
 
-    def resumed(self, path, lines, notes):
+    def resumed(self, path, about, lines, notes):
         """Take up a checkpoint's log; returns its step."""
         for line in lines:
             line = {k: math.nan if v is None else v for k, v in line.items()}
@@ -155,7 +149,11 @@ class Report:
                 self.history.append(line)
         for note in [*notes, f"continuing from {path}"]:
             say(note)
-        done = int(path.name[5:])
+        for name, value in dataclasses.asdict(self.config).items():
+            before = about["options"].get(name)
+            if value != before and name not in ("resume", "force", "output_dir"):
+                say(f"--{name} was {before!r} and is {value!r}")
+        done = about["step"]
         if done == self.config.steps:
             say(f"all {done} steps are done: writing their results; more --steps would go on")
         return done

@@ -24,7 +24,6 @@ Symbols, the same in every file
 import contextlib
 import dataclasses
 import importlib.util
-import signal
 import sys
 import time
 from pathlib import Path
@@ -38,7 +37,7 @@ import distributed
 import models
 from config import FAMILIES, OptionError, parse, split_prompts
 from engine import EngineError
-from report import Report, say
+from report import Report
 from reward import NonFiniteScores, RewardError, build_reward, read_spec
 from rollout import candidate_seeds, draw, initial_noise, sample, sampling_times, seed_globals
 
@@ -421,47 +420,17 @@ def evaluate(run):
     return {k: v.reshape(n, -1).mean(dim=1).tolist() for k, v in scores.items()}
 
 
-class Stopped(Exception):
-    """A signal, its only argument, asked the run to stop."""
-
-
-class Stop:
-    """Inside, SIGINT (Ctrl-C) and SIGTERM let the micro-batch finish: `check` then raises Stopped.
-    Another Ctrl-C leaves at once; another SIGTERM does not, clusters send several."""
-
-    asked = None
-
-    def __enter__(self):
-        self.before = {s: signal.signal(s, self.handle) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def handle(self, number, frame):
-        if self.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        if not self.asked:
-            say("stopping after this micro-batch; Ctrl-C to leave at once", file=sys.stderr)
-        self.asked = number
-
-    def check(self):
-        if self.asked:
-            distributed.fail(Stopped(self.asked))
-
-
 def train(config):
     """The whole run; returns the exit code. A step is done when its line is in the log; what a
     signal or a kill leaves of another one is drawn again."""
     c, run, done = config, Run(config), 0
     bar = tqdm(desc=c.family, total=c.steps, disable=distributed.RANK > 0)
-    with Stop() as run.stop, bar, resumable(c.output_dir):
+    with checkpoint.Stop() as run.stop, bar, checkpoint.resumable(c.output_dir):
         report = Report(run)
         if c.resume:
             path, about, log, notes = checkpoint.newest(c.resume)
             checkpoint.load(run, path, about)
-            done = bar.n = bar.initial = report.resumed(path, log, notes)
+            done = bar.n = bar.initial = report.resumed(path, about, log, notes)
         try:
             while True:
                 last = done == c.steps
@@ -488,25 +457,9 @@ def train(config):
                     if done % c.eval_every == 0 or done == c.steps:
                         report.picture(done, *picture)
                 bar.update()
-        except Stopped as stopped:
+        except checkpoint.Stopped as stopped:
             report.stopped(checkpoint.save(run, report.log(), done))
             return 128 + stopped.args[0]
-
-
-class Ended(RuntimeError):
-    """What is outside the run failed it: the disk, a reward."""
-
-
-@contextlib.contextmanager
-def resumable(folder):
-    """Say how the run goes on when what fails it in here is mended."""
-    try:
-        yield
-    except (OSError, SafetensorError, RewardError) as error:
-        steps = [step for step, _ in checkpoint.found(folder)]
-        then = f"--resume {folder} goes on from step {steps[-1]}" if steps else "start again"
-        line = " ".join(str(error).split()) or repr(error)
-        raise Ended(f"{line}; when that is mended {then}") from error
 
 
 def main(argv=None):
@@ -518,7 +471,7 @@ def main(argv=None):
             return train(config)
     except SystemExit as request:  # --help
         return request.code or 0
-    except (distributed.Lost, Ended) as error:
+    except (distributed.Lost, checkpoint.Ended) as error:
         ended, code, line = error, 1, str(error)
     except (*BAD_INPUT, OSError, SafetensorError) as error:
         ended, code, line = error, 2, f"error: {(str(error).splitlines() or [repr(error)])[0]}"

@@ -126,7 +126,10 @@ def test_latest_is_the_newest_run_and_changed_options_are_named(
         "--resume", "latest", "--seed", "9", "--force", "seed", "--keep", "2"
     )
     assert "--force sed" in error("--resume", "latest", "--seed", "9", "--force", "sed")
+    capsys.readouterr()
     assert resume("latest", "--learning_rate", "0.5", "--force", "learning_rate") == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if " was " in line]
+    assert said == ["--learning_rate was 0.001 and is 0.5"]
     assert outcome(Path("runs/one"))[1] != outcome(whole[0])[1]
 
 
