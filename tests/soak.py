@@ -22,6 +22,8 @@ from pathlib import Path
 
 from conftest import MINIATURE, PROJECT, lines, outcome
 
+import train
+
 SIX = [*MINIATURE, "--steps", "6", "--eval_every", "3"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT)}
 
@@ -40,8 +42,6 @@ def run(*command):
 
 def forked(*options, timeout=None):
     """train.py in a child that has its imports already, killed after so many seconds; exit code."""
-    import train
-
     child = os.fork()
     if child == 0:
         nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -136,8 +136,6 @@ def disk(root):
     """The disk is full at each write of a resumed run in turn, from its header to its LoRA."""
     from test_checkpoint import full_disk
 
-    import train
-
     def main(*options):
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             return train.main([str(option) for option in options])
@@ -229,8 +227,6 @@ def ranks(root, steps=5):
 
 def fuzz(root, count=300):
     """Command lines of good and bad words; a run that would start ends before its first step."""
-    import train
-
     os.chdir(root)
     draw = random.Random(0)
     words = ["", "0", "1", "2", "-1", "7", "1e9", "nan", "inf", "é", "a b", "\x00", "../..", "/"]
