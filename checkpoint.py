@@ -256,7 +256,11 @@ def load(run, path, about):
     for i, p in enumerate(policy):
         shapes = {"step": [], "exp_avg": list(p.shape), "exp_avg_sq": list(p.shape)}
         expected |= {f"optimizer.{i}.{name}": ["F32", *shape] for name, shape in shapes.items()}
-    with safe_open(path / "state.safetensors", "pt") as file:
+    try:
+        file = safe_open(path / "state.safetensors", "pt")
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: state.safetensors is none ({error})") from error
+    with file:
         slices = {name: file.get_slice(name) for name in file.keys()}
         stored = {name: [s.get_dtype(), *s.get_shape()] for name, s in slices.items()}
         if about["step"] == 0:  # AdamW has no state before its first step

@@ -22,6 +22,7 @@ from pathlib import Path
 import matplotlib
 from huggingface_hub import ModelCardData
 from safetensors.torch import save_file
+from tqdm import tqdm
 
 import distributed
 import models
@@ -41,11 +42,24 @@ class Report:
         self.run, self.config = run, run.config
         self.folder = Path(self.config.output_dir)
         self.history, self.evaluations, self.started = [], [], time.perf_counter()
+        self.bar = None
         self.spent = dict(run.clock.seconds)
         if distributed.RANK == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
         self._header()
         self.tracker = self._tracker()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.bar:
+            self.bar.close()
+
+    def begin(self, done):
+        """Show how far the run is."""
+        c, others = self.config, distributed.RANK > 0
+        self.bar = tqdm(desc=c.family, initial=done, total=c.steps, disable=others)
 
     def _header(self):
         c, layers = self.config, self.run.layers
@@ -117,6 +131,7 @@ class Report:
         self.spent = dict(seconds)
         self.history.append({"step": step} | metrics)
         self._write_history()
+        self.bar.update()
         self.tracker(step, metrics)
         say(
             f"step {step:4d}  reward {metrics['reward/mean']:.4f} "
@@ -286,6 +301,7 @@ class Report:
         before = sum("nonfinite/skipped" in line for line in self.history)
         self.history.append({"step": step, "nonfinite/skipped": before + 1})
         self._write_history()
+        self.bar.update()
 
     def stopped(self, path):
         say(f"stopped after {len(self.history)} steps; wrote {path}")

@@ -30,7 +30,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from tqdm import tqdm
 
 import checkpoint
 import distributed
@@ -424,13 +423,13 @@ def train(config):
     """The whole run; returns the exit code. A step is done when its line is in the log; what a
     signal or a kill leaves of another one is drawn again."""
     c, run, done = config, Run(config), 0
-    bar = tqdm(desc=c.family, total=c.steps, disable=distributed.RANK > 0)
-    with checkpoint.Stop() as run.stop, bar, checkpoint.resumable(c.output_dir):
-        report = Report(run)
+    continuing = checkpoint.resumable(c.output_dir)
+    with checkpoint.Stop() as run.stop, continuing, Report(run) as report:
         if c.resume:
             path, about, log, notes = checkpoint.newest(c.resume)
             checkpoint.load(run, path, about)
-            done = bar.n = bar.initial = report.resumed(path, about, log, notes)
+            done = report.resumed(path, about, log, notes)
+        report.begin(done)
         try:
             while True:
                 last = done == c.steps
@@ -456,7 +455,6 @@ def train(config):
                     report.step(done, metrics)
                     if done % c.eval_every == 0 or done == c.steps:
                         report.picture(done, *picture)
-                bar.update()
         except checkpoint.Stopped as stopped:
             report.stopped(checkpoint.save(run, report.log(), done))
             return 128 + stopped.args[0]

@@ -16,8 +16,8 @@ FAMILIES = ("sana", "flux", "sd3")
 MINIATURE = (
     "--steps 2 --prompts_per_step 1 --pool 6 --keep 4 --explore_steps 1 --rollout_steps 2 "
     "--eval_steps 1 --eval_images 1 --eval_every 1 --micro_batch 36 --device cpu "
-    "--checkpoint_every 1"
-).split()
+    "--checkpoint_every 1 --prompts"
+).split() + [str(PROJECT / "tests" / "prompts.txt")]
 
 
 def lines(folder):

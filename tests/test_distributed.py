@@ -34,7 +34,7 @@ from datetime import timedelta
 import torch, torch.distributed as dist
 import distributed as d
 
-d.TIMEOUT = timedelta(seconds=3)
+d.TIMEOUT = timedelta(seconds=2)
 said = {"rank": d.RANK}
 try:
     with d.group():
@@ -56,7 +56,7 @@ try:
             except Exception as e:
                 said["errors"].append([type(e).__name__, str(e)[:12], e.rank])
         if d.RANK == 1:
-            time.sleep(6)
+            time.sleep(4)
         d.exchange(0)
 except d.Lost as error:
     said["lost"] = str(error)
@@ -74,7 +74,7 @@ def test_exchanges_totals_errors_and_a_rank_that_hangs(tmp_path):
         assert each["gathered"] == [0, 10, 20, 30, 40, 50, 60] and each["few"] == ["0"]
         assert each["total"] == [111, 111]
         assert each["errors"] == [["ValueError", "a b", 1], ["RuntimeError", "KeyError: <f", 1]]
-        assert "another process died or did not answer for 0:00:03" in each["lost"]
+        assert "another process died or did not answer for 0:00:02" in each["lost"]
     assert all(each["at"] >= said[0]["at"] for each in said)
 
 
@@ -92,27 +92,21 @@ sys.exit(train.main(sys.argv[1:]))
 """
 
 
-def test_one_two_and_three_processes_give_the_same_run_and_one_that_dies_harms_none(
-    tmp_path, world
-):
+def test_a_run_of_three_processes_one_of_which_dies_then_of_two_is_that_of_one(tmp_path, world):
     options = [*MINIATURE, "--steps", "3", "--prompts_per_step", "4", "--micro_batch", "3"]
-    options += ["--eval_every", "3"]
-    threads, script = torch.get_num_threads(), PROJECT / "train.py"
-    code, said = torchrun(3, script, *options, "--output_dir", tmp_path / "three")
-    assert code == 0 and said.count("explored in nvfp4") == 1, said
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     assert train.main([*options, "--output_dir", str(tmp_path / "one")]) == 0
     torch.set_num_threads(threads)
-    assert outcome(tmp_path / "three") == outcome(tmp_path / "one")
 
     (tmp_path / "killed.py").write_text(KILLED)
-    folder = tmp_path / "two"
-    code, said = torchrun(2, tmp_path / "killed.py", *options, "--output_dir", folder)
-    assert code != 0 and "rank 0: another process died" in said
+    folder = tmp_path / "many"
+    code, said = torchrun(3, tmp_path / "killed.py", *options, "--output_dir", folder)
+    assert code != 0 and said.count("explored in nvfp4") == 1
+    assert "rank 0: another process died" in said and "rank 2: another process died" in said
     assert [step for step, _ in checkpoint.found(folder)] == [1, 2]
-    torch.set_num_threads(1)
-    assert train.main(["--resume", str(folder)]) == 0
-    torch.set_num_threads(threads)
+    code, said = torchrun(2, PROJECT / "train.py", "--resume", folder)
+    assert code == 0, said
     assert outcome(folder) == outcome(tmp_path / "one")
 
 
