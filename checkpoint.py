@@ -19,10 +19,12 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
-import sys
+import stat
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -33,12 +35,26 @@ import models
 from reward import RewardError
 
 FILES = ("state.safetensors", "run.json", "metrics.jsonl")
-LARGEST = {"state.safetensors": 2**40, "metrics.jsonl": 2**30}  # bytes
+LARGEST = {"state.safetensors": 2**40, "metrics.jsonl": 2**28}  # bytes
 LARGEST_JSON = 2**24  # of the other two and of a line of metrics.jsonl
 EVALUATION = {"eval/reward", "eval/rewards", "eval/standard_error"}  # and, after step 0, GAIN
 GAIN = {"eval/gain", "eval/gain_standard_error"}
-FREE = "resume steps device output_dir report_to checkpoint_every keep_checkpoints on_nonfinite"
-# Options that a continued run may have otherwise: they change no number.
+# Options that a continued run may have otherwise; of prompts files the contents must be the same.
+FREE = (
+    "resume force steps device report_to checkpoint_every keep_checkpoints on_nonfinite "
+    "prompts eval_prompts"
+).split()
+ASIDE = ".replaced"
+BROKEN = (
+    OSError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    OverflowError,
+    RecursionError,
+)
+FIXED = ["model", "lora_rank"]  # those that no --force can change: they are the checkpoint's shapes
 
 
 class CheckpointError(ValueError):
@@ -46,9 +62,16 @@ class CheckpointError(ValueError):
 
 
 def found(folder):
-    """The checkpoints of a run's folder, by step: [(step, path)]."""
+    """The checkpoints of a run's folder, by step: [(step, path)]. One that was being replaced by
+    another of its step, and so still is aside, comes before that."""
     paths = Path(folder, "checkpoints").glob("step_*")
-    return sorted((int(p.name[5:]), p) for p in paths if p.name[5:].isdigit())
+    named = re.compile(rf"step_[0-9]{{6}}({re.escape(ASIDE)})?")
+    paths = [path for path in paths if named.fullmatch(path.name)]
+    return sorted(((_step(p), p) for p in paths), key=lambda each: (each[0], not each[1].suffix))
+
+
+def _step(path):
+    return int(path.stem[5:])
 
 
 def fingerprint(*parts):
@@ -82,11 +105,10 @@ class Stop:
     def handle(self, number, frame):
         if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
-        if not self.asked:
-            distributed.say(
-                "stopping after this micro-batch; Ctrl-C to leave at once", file=sys.stderr
-            )
-        self.asked = number
+        if not self.asked and distributed.RANK == 0:
+            # Not print: the signal may have come in the middle of one.
+            os.write(2, b"\nstopping after this micro-batch; Ctrl-C to leave at once\n")
+        self.asked = self.asked or number
 
     def check(self):
         if self.asked:
@@ -98,15 +120,14 @@ class Ended(RuntimeError):
 
 
 @contextlib.contextmanager
-def resumable(folder):
-    """Say how the run goes on when what fails it in here is mended."""
+def resumable(folder, again):
+    """Say how the run goes on, by the command `again`, when what fails it in here is mended."""
     try:
         yield
     except (OSError, SafetensorError, RewardError) as error:
-        steps = [step for step, _ in found(folder)]
-        then = f"--resume {folder} goes on from step {steps[-1]}" if steps else "start again"
+        then = f"continue with: {again}" if found(folder) else "start again"
         line = " ".join(str(error).split()) or repr(error)
-        raise Ended(f"{line}; when that is mended {then}") from error
+        raise Ended(f"{line}; when that is mended, {then}") from error
 
 
 # ---------------------------------------------------------------------------------------------
@@ -119,7 +140,7 @@ def save(run, log, step):
     log: metrics.jsonl's text so far. Returns its path."""
     folder = Path(run.config.output_dir) / "checkpoints"
     path, unfinished = folder / f"step_{step:06d}", folder / "unfinished"
-    if distributed.RANK > 0 or (path.exists() and _is_intact(path)):
+    if distributed.RANK > 0:
         return path
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -137,11 +158,15 @@ def save(run, log, step):
         (unfinished / "manifest.json").write_text(json.dumps(manifest, indent=1))
         for name in (*FILES, "manifest.json", "."):
             _sync(unfinished / name)
-        shutil.rmtree(path, ignore_errors=True)  # a damaged one
+        aside = path.with_name(path.name + ASIDE)
+        if path.exists():  # of other options, or damaged; there is one of the two at any moment
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
         unfinished.rename(path)
         _sync(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+    shutil.rmtree(aside, ignore_errors=True)
     before = [old for number, old in found(run.config.output_dir) if number <= step]
     for old in before[: -run.config.keep_checkpoints]:
         shutil.rmtree(old, ignore_errors=True)
@@ -179,65 +204,76 @@ def read(path):
     """(run.json's contents, metrics.jsonl's lines) of a checkpoint whose every byte is as it was
     written. Raises CheckpointError."""
     try:
-        manifest = _json(path / "manifest.json")
+        for name in (*FILES, "manifest.json"):
+            status = os.lstat(path / name)
+            if not stat.S_ISREG(status.st_mode):
+                raise CheckpointError(f"{name} is not a file")
+            if status.st_size > LARGEST.get(name, LARGEST_JSON):
+                raise CheckpointError(f"{name} is too large to be one")
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         if not isinstance(manifest, dict) or sorted(manifest) != sorted(FILES):
             raise CheckpointError("its manifest names other files")
         for name in FILES:
             size, digest = manifest[name]
-            file = path / name
-            if file.is_symlink() or file.stat().st_size > LARGEST.get(name, LARGEST_JSON):
-                raise CheckpointError(f"{name} cannot be one of a checkpoint")
-            if file.stat().st_size != size or _hash(file) != digest:
+            if (path / name).stat().st_size != size or _hash(path / name) != digest:
                 raise CheckpointError(f"{name} is not what the manifest says")
-        about = _json(path / "run.json")
-        with open(path / "metrics.jsonl", encoding="utf-8") as file:
-            lines = [_line(text) for text in iter(lambda: file.readline(LARGEST_JSON), "")]
-        if about["step"] != int(path.name[5:]) or not isinstance(about["options"], dict):
+        about = json.loads((path / "run.json").read_text(encoding="utf-8"))
+        if about["step"] != _step(path) or not isinstance(about["options"], dict):
             raise CheckpointError("run.json is of another checkpoint")
-        if [line["step"] for line in lines if line["step"]] != list(range(1, about["step"] + 1)):
+        with open(path / "metrics.jsonl", encoding="utf-8") as file:
+            lines = []
+            while text := file.readline(LARGEST_JSON):
+                lines.append(_line(text, len(lines)))
+        if len(lines) != about["step"] + 1 and (
+            lines or about["step"]
+        ):  # before any, there is none
             raise CheckpointError("metrics.jsonl is of another checkpoint")
+        if len({len(line["eval/rewards"]) for line in lines if "eval/rewards" in line}) > 1:
+            raise CheckpointError("metrics.jsonl has evaluations of different prompts")
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except BROKEN as error:
         said = getattr(error, "strerror", None) or type(error).__name__
         raise CheckpointError(f"{path}: damaged ({said})") from error
     return about, lines
 
 
-def _json(path):
-    if path.stat().st_size > LARGEST_JSON:
-        raise CheckpointError(f"{path.name} is too large to be one")
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _line(text):
-    """A line of metrics.jsonl: numbers by name; an evaluation has all that is read of one."""
+def _line(text, step):
+    """The line of metrics.jsonl of a step: numbers by name; an evaluation, which step 0 is, has all
+    that is read of one."""
     line = json.loads(text)
     for name, value in line.items():
-        for number in value if name == "eval/rewards" else [value]:
-            if not isinstance(number, (int, float, type(None))):
+        several = name == "eval/rewards" and isinstance(value, list) and value
+        for number in value if several else [value]:
+            if number is not None and not isinstance(number, (int, float)):
                 raise CheckpointError(f"metrics.jsonl has no number for {name}")
-    wanted = EVALUATION | (GAIN if line["step"] else set())
-    if not isinstance(line["step"], int) or wanted - line.keys() not in (set(), wanted):
+            float(number or 0)
+        if name == "eval/rewards" and not several:
+            raise CheckpointError(f"metrics.jsonl has no list for {name}")
+    if line["step"] != step:
+        raise CheckpointError("metrics.jsonl is of another checkpoint")
+    wanted = EVALUATION | (GAIN if step else set())
+    if not (wanted <= line.keys() or (step and not wanted & line.keys())):
         raise CheckpointError("metrics.jsonl has a line that is none of a run")
     return line
 
 
-def _is_intact(path):
-    try:
-        read(path)
-    except CheckpointError:
-        return False
-    return True
+class Found(NamedTuple):
+    """A checkpoint to continue from."""
+
+    path: Path
+    about: dict  # run.json
+    lines: list  # of metrics.jsonl
+    notes: list  # the newer ones that are damaged, a line each
 
 
 def newest(folder):
-    """(path, run.json, lines, notes) of the newest intact checkpoint of a run's folder; the notes
-    name the damaged ones. Raises CheckpointError where none is intact."""
+    """The newest intact checkpoint of a run's folder, as Found. Raises CheckpointError where none
+    is intact."""
     notes = []
     for _, path in reversed(found(folder)):
         try:
-            return path, *read(path), notes
+            return Found(path, *read(path), notes)
         except CheckpointError as error:
             notes.append(f"{error}: taking the one before")
     if notes:
@@ -246,13 +282,12 @@ def newest(folder):
 
 
 @torch.no_grad()
-def load(run, path, about):
+def load(run, path):
     """Give the run the state of a checkpoint that `read` found intact. Raises CheckpointError, and
-    nothing is changed, if it is of another model or other prompts."""
-    if about["prompts"] != fingerprint(run.train, run.held_out):
-        raise CheckpointError(f"{path}: the run had other prompts")
-    expected = {name: ["F32", *t.shape] for name, t in _tensors(run).items()}
+    nothing is changed, if it is of another model."""
     policy = models.lora_parameters(run.model.transformer, "default")
+    fresh = {name: ["F32", *t.shape] for name, t in _tensors(run).items()}
+    expected = dict(fresh)
     for i, p in enumerate(policy):
         shapes = {"step": [], "exp_avg": list(p.shape), "exp_avg_sq": list(p.shape)}
         expected |= {f"optimizer.{i}.{name}": ["F32", *shape] for name, shape in shapes.items()}
@@ -263,8 +298,8 @@ def load(run, path, about):
     with file:
         slices = {name: file.get_slice(name) for name in file.keys()}
         stored = {name: [s.get_dtype(), *s.get_shape()] for name, s in slices.items()}
-        if about["step"] == 0:  # AdamW has no state before its first step
-            expected = {k: v for k, v in expected.items() if not k.startswith("optimizer.")}
+        if not any(name.startswith("optimizer.") for name in stored):
+            expected = fresh  # AdamW has no state before its first step
         if stored != expected:
             name = min(k for k in stored.keys() | expected if stored.get(k) != expected.get(k))
             raise CheckpointError(

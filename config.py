@@ -103,6 +103,8 @@ class Config:
     device: str = option("auto", "auto, cpu, cuda, cuda:N")
     report_to: str = option("none", "also log to", ("none", "tensorboard", "wandb"))
 
+    checkpoint = None  # no option: what --resume found
+
 
 TINY = dict(
     steps=20,
@@ -149,8 +151,10 @@ def parse(argv, description=None):
         about = meta["about"] + (f" (default {shown})" if shown != "" else "")
         parser.add_argument(f"--{name}", help=about, **kind)
     given = vars(parser.parse_args(argv))
-    if given.get("resume"):
+    if "resume" in given:
         config = _resumed_config(given)
+    elif "force" in given:
+        raise OptionError(f"--force {given['force']}: what a --resume may change; there is none")
     else:
         config = Config(**(defaults(given.get("model", "sana"), given.get("pretrained")) | given))
     if not config.output_dir:
@@ -177,42 +181,70 @@ def command(config):
     return " ".join(["python train.py", *words])
 
 
+def resuming(config):
+    """The command line that continues a run. What a reward's file is executed for is said anew each
+    time, so that no checkpoint can name one."""
+    words = [f"python train.py --resume {shlex.quote(config.output_dir)}"]
+    for name in ("reward", "eval_rewards"):
+        if ".py:" in getattr(config, name):
+            words.append(f"--{name} {shlex.quote(getattr(config, name))}")
+    return " ".join(words)
+
+
 def _resumed_config(given):
     """The options of the run that --resume names, changed as the command line may."""
     folder = given["resume"]
+    if not folder:
+        raise OptionError("--resume '': give a run's folder, or latest")
     if folder == "latest":
         runs = [(path.stat().st_mtime, path) for path in Path("runs").glob("*/checkpoints")]
         if not runs:
             raise OptionError("--resume latest: there is no run with checkpoints in runs/")
         folder = str(max(runs)[1].parent)
-    try:
-        path, about, *_ = checkpoint.newest(folder)
+    about = f"--resume {folder}"
+    try:  # the first process chooses for all
+        found = checkpoint.newest(folder) if distributed.RANK == 0 else None
     except checkpoint.CheckpointError as error:
         raise OptionError(str(error)) from error
-    saved = about["options"]
+    found = distributed.exchange(found)[0]
+    path, saved = found.path, found.about["options"]
     fields = {field.name: field for field in dataclasses.fields(Config)}
+    for name in sorted(fields.keys() ^ saved.keys()):
+        raise OptionError(f"{about}: {path} is of another version: {name} is an option of one only")
     for name, value in saved.items():
-        allowed = (int, float) if name in fields and fields[name].type is float else None
-        if name not in fields or not isinstance(value, allowed or fields[name].type):
-            raise OptionError(f"--resume {folder}: {path} has the option {name} = {value!r}")
-        if fields[name].metadata["choices"] and value not in fields[name].metadata["choices"]:
-            raise OptionError(f"--resume {folder}: {path} has {name} = {value!r}")
-    changed = {k: v for k, v in given.items() if k != "force" and saved.get(k) != v}
-    forced = set(filter(None, given.get("force", "").split(",")))
-    if forced - fields.keys():
-        raise OptionError(f"--force {given['force']}: names of options, without dashes")
-    refused = changed.keys() - set(checkpoint.FREE.split()) - forced
-    if refused:
-        each = ", ".join(
-            f"--{k} was {saved.get(k)!r} and is {changed[k]!r}" for k in sorted(refused)
+        kind, choices = fields[name].type, fields[name].metadata["choices"]
+        if not isinstance(value, (int, float) if kind is float else kind) or (
+            choices and value not in choices
+        ):
+            raise OptionError(f"{about}: {path} has {name} = {value!r}")
+    for name in ("reward", "eval_rewards"):
+        if ".py:" in saved[name] and name not in given:
+            raise OptionError(
+                f"{about}: the run executes a file; if you trust it, say so by "
+                f"--{name} {saved[name]}"
+            )
+    if given.get("output_dir", folder) != folder:
+        raise OptionError(
+            f"--output_dir {given['output_dir']}: a run goes on in its folder {folder}"
         )
-        raise OptionError(f"--resume {folder}: {each}; --force {','.join(sorted(refused))} goes on")
+    changed = {k: v for k, v in given.items() if saved[k] != v and k != "output_dir"}
+    forced = set(filter(None, given.get("force", "").split(",")))
+    if forced - fields.keys() or forced & set(checkpoint.FIXED):
+        raise OptionError(
+            f"--force {given['force']}: names of options, without dashes, and none of "
+            f"{', '.join(checkpoint.FIXED)}"
+        )
+    refused = sorted(changed.keys() - set(checkpoint.FREE) - forced)
+    if refused:
+        each = ", ".join(f"--{k} was {saved[k]!r} and is {changed[k]!r}" for k in refused)
+        can = not set(refused) & set(checkpoint.FIXED)
+        advice = f"--force {','.join(refused)} goes on" if can else "start a new run"
+        raise OptionError(f"{about}: {each}; {advice}")
     config = Config(**saved | changed)
     config.resume = config.output_dir = folder
-    if about["step"] > config.steps:
-        raise OptionError(
-            f"--resume {folder}: it has done {about['step']} steps; give more --steps"
-        )
+    config.checkpoint = found
+    if found.about["step"] > config.steps:
+        raise OptionError(f"{about}: it has done {found.about['step']} steps; give more --steps")
     return config
 
 
@@ -220,8 +252,12 @@ def _check(c):
     counts = "steps prompts_per_step pool keep explore_steps rollout_steps eval_steps eval_every"
     counts += " checkpoint_every keep_checkpoints"
     for name in f"resolution {counts} eval_images micro_batch lora_rank".split():
-        if getattr(c, name) < 1:
-            raise OptionError(f"--{name} {getattr(c, name)}: must be at least 1")
+        most = {"resolution": 2**14, "lora_rank": 2**12}.get(name, 999_999)
+        if not 1 <= getattr(c, name) <= most:
+            raise OptionError(f"--{name} {getattr(c, name)}: must be in 1 to {most}")
+    for name, value in dataclasses.asdict(c).items():
+        if isinstance(value, str) and "\0" in value:
+            raise OptionError(f"--{name} {value!r}: holds a character that nothing may hold")
     if c.keep < 2 or c.keep % 2:
         raise OptionError(f"--keep {c.keep}: must be even and at least 2, half best and half worst")
     if c.keep > c.pool and FAMILIES[c.family].explore:

@@ -321,7 +321,7 @@ def load(name, folder, resolution, solver=None, device="cpu", dtype=torch.bfloat
     # Published SANA text encoders are there as a variant only, on the hub and in copies of it.
     copied = any(Path(folder).glob(f"*/*.{family.variant}*.safetensors"))
     variant = family.variant if copied or folder == family.published else None
-    how = dict(dtype=dtype, variant=variant)
+    how = dict(dtype=dtype, variant=variant, use_safetensors=True)
     try:
         encoders = {}
         for part in [part for part in index if part.startswith("text_encoder") and index[part][1]]:

@@ -27,11 +27,13 @@ from tqdm import tqdm
 import distributed
 import models
 import quant
-from config import FAMILIES, command
+from config import FAMILIES, command, resuming
 from distributed import say
 
 matplotlib.use("agg")
 from matplotlib import pyplot as plt  # noqa: E402  the backend comes first
+
+SHOWN = ("time/explore", "time/regenerate", "time/reward", "time/train")  # in a step's line
 
 
 class Report:
@@ -125,7 +127,22 @@ class Report:
         say(text)
 
     def step(self, step, metrics):
-        """Log one step: a line on the console, a line in metrics.jsonl, the curve."""
+        """Log one step: a line on the console, a line in metrics.jsonl."""
+        self._log(step, metrics)
+        say(
+            f"step {step:4d}  reward {metrics['reward/mean']:.4f} "
+            f"({metrics['reward/worst']:.3f} to {metrics['reward/best']:.3f})  "
+            f"tau {metrics['fidelity/kendall_tau']:.2f}  loss {metrics['loss']:.3f}  "
+            f"kl {metrics['kl']:.1e}  grad {metrics['grad_norm']:.2f}  "
+            + "  ".join(f"{k[5:]} {v:.1f}s" for k, v in metrics.items() if k in SHOWN)
+        )
+
+    def skipped(self, step):
+        """A line of its own for a step that was not taken."""
+        before = sum("nonfinite/skipped" in line for line in self.history)
+        self._log(step, {"nonfinite/skipped": before + 1})
+
+    def _log(self, step, metrics):
         seconds = self.run.clock.seconds
         metrics |= {f"time/{k}": seconds[k] - self.spent[k] for k in seconds}
         self.spent = dict(seconds)
@@ -133,13 +150,6 @@ class Report:
         self._write_history()
         self.bar.update()
         self.tracker(step, metrics)
-        say(
-            f"step {step:4d}  reward {metrics['reward/mean']:.4f} "
-            f"({metrics['reward/worst']:.3f} to {metrics['reward/best']:.3f})  "
-            f"tau {metrics['fidelity/kendall_tau']:.2f}  loss {metrics['loss']:.3f}  "
-            f"kl {metrics['kl']:.1e}  grad {metrics['grad_norm']:.2f}  "
-            + "  ".join(f"{k} {metrics[f'time/{k}']:.1f}s" for k in seconds if k != "select")
-        )
 
     def _write_history(self):
         _write(self.folder / "metrics.jsonl", self.log())
@@ -153,22 +163,23 @@ class Report:
         ]
         return "".join(json.dumps(line) + "\n" for line in clean)
 
-    def resumed(self, path, about, lines, notes):
-        """Take up a checkpoint's log; returns its step."""
-        for line in lines:
+    def resumed(self, checkpoint):
+        """Take up the log of a checkpoint.Found; returns its step."""
+        for line in checkpoint.lines:
             line = {k: math.nan if v is None else v for k, v in line.items()}
             if "eval/reward" in line:
                 evaluation = {k: v for k, v in line.items() if k.startswith(("step", "eval/"))}
                 self.evaluations.append(evaluation)
             if line["step"]:
                 self.history.append(line)
-        for note in [*notes, f"continuing from {path}"]:
+        self._write_history()
+        for note in [*checkpoint.notes, f"continuing from {checkpoint.path}"]:
             say(note)
         for name, value in dataclasses.asdict(self.config).items():
-            before = about["options"].get(name)
+            before = checkpoint.about["options"][name]
             if value != before and name not in ("resume", "force", "output_dir"):
                 say(f"--{name} was {before!r} and is {value!r}")
-        done = about["step"]
+        done = checkpoint.about["step"]
         if done == self.config.steps:
             say(f"all {done} steps are done: writing their results; more --steps would go on")
         return done
@@ -227,7 +238,9 @@ class Report:
         first.set(ylabel="reward", title=self.config.reward)
         first.legend()
         for axis, name in zip(rest, others):
-            axis.plot(steps, [line[f"eval/{name}"] for line in self.evaluations], marker="o")
+            # A continued run may measure another one, of which there is nothing before.
+            seen = [line.get(f"eval/{name}", math.nan) for line in self.evaluations]
+            axis.plot(steps, seen, marker="o")
             axis.set_ylabel(f"{name}\n(not trained on)")
         axes[-1, 0].set_xlabel("optimizer steps")
         axes[-1, 0].xaxis.get_major_locator().set_params(integer=True)
@@ -267,11 +280,12 @@ class Report:
             base_model=base if base and not Path(base).exists() else None,
         )
         config = json.dumps(dataclasses.asdict(c), indent=1)
+        taken = sum("loss" in line for line in self.history)
         _write(
             self.folder / "lora" / "README.md",
             f"---\n{data.to_yaml()}\n---\n"
             f"# A LoRA for {base or f'the tiny {c.model} of this project'}\n\n"
-            f"Trained by Sol-RL (arXiv 2604.06916) for {len(self.history)} steps on the reward "
+            f"Trained by Sol-RL (arXiv 2604.06916) for {taken} steps on the reward "
             f"`{c.reward}`; these are the EMA policy's weights. Guidance was off and the solver "
             f"{c.solver} at {c.rollout_steps} steps.\n\n"
             f"Held-out reward: {result}.\n\n```\n{command(c)}\n```\n\n```python\n"
@@ -296,16 +310,10 @@ class Report:
         os.replace(path.with_suffix(".tmp"), path)
         say(f"step {step}: {error}; nothing was updated; kept in {path}", file=sys.stderr)
 
-    def skipped(self, step):
-        """A line of its own for a step that was not taken."""
-        before = sum("nonfinite/skipped" in line for line in self.history)
-        self.history.append({"step": step, "nonfinite/skipped": before + 1})
-        self._write_history()
-        self.bar.update()
-
-    def stopped(self, path):
+    def stopped(self, path, *more):
+        """Say what continues the run, with more options if it takes them."""
         say(f"stopped after {len(self.history)} steps; wrote {path}")
-        say(f"continue with: python train.py --resume {self.folder}")
+        say(" ".join(["continue with:", resuming(self.config), *more]))
 
 
 def mean_and_error(values):

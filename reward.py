@@ -63,8 +63,11 @@ class NonFiniteScores(RewardError):
     """A reward gave NaN or infinity for pictures that are in order."""
 
     def __init__(self, name, scores, prompt):
+        super().__init__(name, scores, prompt)  # all of it, or it cannot be sent to other processes
         self.name, self.scores = f"reward {name}", scores
-        super().__init__(f"reward {name} returned NaN or infinity for prompt {prompt!r}")
+
+    def __str__(self):
+        return f"{self.name} returned NaN or infinity for prompt {self.args[2]!r}"
 
 
 # ---------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ from safetensors import SafetensorError
 import checkpoint
 import distributed
 import models
-from config import FAMILIES, OptionError, parse, split_prompts
+from config import FAMILIES, OptionError, parse, resuming, split_prompts
 from engine import EngineError
 from report import Report
 from reward import NonFiniteScores, RewardError, build_reward, read_spec
@@ -233,7 +233,8 @@ def update(run, x_0, rows, advantages, step):
     seeds = candidate_seeds(c.seed, step, UPDATE, 1 + n * trained)
     shuffle = torch.Generator().manual_seed(seeds.pop(0))
     which = torch.rand(n, len(times), generator=shuffle).argsort(dim=1)[:, :trained]
-    gradient = [torch.zeros_like(p, dtype=torch.float64) for p in policy]
+    sizes = [p.numel() for p in policy]
+    gradient = torch.zeros(sum(sizes), dtype=torch.float64, device=c.device)
     metrics = []
     for samples, place in zip(x_0, distributed.mine(range(len(rows)))):
         about = dict(stage="update", prompt=run.train.prompts[rows[place]], precision="bf16")
@@ -263,14 +264,15 @@ def update(run, x_0, rows, advantages, step):
                     metrics[-1][name] = metrics[-1].get(name, 0.0) + float(value) * share
         norm = torch.nn.utils.get_total_norm([p.grad for p in policy])
         check_finite("gradient", norm[None], here, **about)
-        for whole, p in zip(gradient, policy):
-            whole += p.grad
-            p.grad = None
+        gradient += torch.cat([p.grad.flatten() for p in policy])
+        run.optimizer.zero_grad()
     metrics = distributed.gather(metrics)
     distributed.total(gradient)
-    for p, whole in zip(policy, gradient):
-        p.grad = whole.to(p.dtype)
-    norm = torch.nn.utils.clip_grad_norm_(policy, c.max_grad_norm, error_if_nonfinite=True)
+    for p, whole in zip(policy, gradient.split(sizes)):
+        p.grad = whole.reshape(p.shape).to(p.dtype)
+    norm = torch.nn.utils.clip_grad_norm_(policy, c.max_grad_norm)
+    if not norm.isfinite():  # the sum of finite ones, the same in every process
+        raise NonFinite("gradient", norm, "update", "all of them", seeds[0], "bf16")
     run.optimizer.step()
     run.optimizer.zero_grad()
     sums = {name: sum(prompt[name] for prompt in metrics) for name in metrics[0]}
@@ -331,6 +333,9 @@ class Run:
             if name in trained_on:
                 raise RewardError(f"--eval_rewards {name}: trained on, and so measured anyway")
         self.train, self.held_out, self.notes = split_prompts(c)
+        prompts = checkpoint.fingerprint(self.train, self.held_out)
+        if c.resume and c.checkpoint.about["prompts"] != prompts:
+            raise checkpoint.CheckpointError(f"--resume {c.resume}: the run had other prompts")
         folder = models.MODELS[c.model].published if c.pretrained == "published" else c.pretrained
         if folder:
             models.check_pretrained(c.model, folder)
@@ -420,15 +425,16 @@ def evaluate(run):
 
 
 def train(config):
-    """The whole run; returns the exit code. A step is done when its line is in the log; what a
-    signal or a kill leaves of another one is drawn again."""
+    """The whole run; returns the exit code. What a signal, a kill or a NaN leaves of a step is
+    thrown away, and the step is drawn again."""
     c, run, done = config, Run(config), 0
-    continuing = checkpoint.resumable(c.output_dir)
+    if c.resume:
+        checkpoint.load(run, c.checkpoint.path)
+    distributed.exchange(None)  # all are ready; nothing is written before
+    continuing = checkpoint.resumable(c.output_dir, resuming(c))
     with checkpoint.Stop() as run.stop, continuing, Report(run) as report:
         if c.resume:
-            path, about, log, notes = checkpoint.newest(c.resume)
-            checkpoint.load(run, path, about)
-            done = report.resumed(path, about, log, notes)
+            done = report.resumed(c.checkpoint)
         report.begin(done)
         try:
             while True:
@@ -446,7 +452,8 @@ def train(config):
                     run.optimizer.zero_grad()
                     report.nonfinite(done + 1, error)
                     if c.on_nonfinite == "stop":
-                        report.stopped(checkpoint.save(run, report.log(), done))
+                        path = checkpoint.save(run, report.log(), done)
+                        report.stopped(path, "--on_nonfinite skip")
                         return 1
                     done += 1
                     report.skipped(done)

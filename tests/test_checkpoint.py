@@ -45,7 +45,9 @@ def started(whole, tmp_path):
 
 
 def resume(folder, *options):
-    return train.main(["--resume", str(folder), *options])
+    """Its reward is a file, which must be said anew."""
+    reward = json.loads((folder / "config.json").read_text())["config"]["reward"]
+    return train.main(["--resume", str(folder), "--reward", reward, *options])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -61,7 +63,7 @@ def resume(folder, *options):
     ],
 )
 def test_a_signal_finishes_the_micro_batch_and_what_is_resumed_is_the_unstopped_run(
-    where, number, code, whole, tmp_path, monkeypatch, capsys
+    where, number, code, whole, tmp_path, monkeypatch, capfd
 ):
     real, calls, folder = getattr(train, where), [], tmp_path / "run"
 
@@ -74,9 +76,9 @@ def test_a_signal_finishes_the_micro_batch_and_what_is_resumed_is_the_unstopped_
 
     with monkeypatch.context() as patch:
         patch.setattr(train, where, signalled)
-        assert train.main([*whole[1], "--output_dir", str(folder)]) in (code, 143)
-    said = capsys.readouterr()
-    assert f"continue with: python train.py --resume {folder}" in said.out
+        assert train.main([*whole[1], "--output_dir", str(folder)]) == code
+    said = capfd.readouterr()
+    assert f"continue with: python train.py --resume {folder} --reward" in said.out
     assert said.err.count("stopping after this micro-batch") == 1
     assert resume(folder) == 0
     assert outcome(folder) == outcome(whole[0])
@@ -88,11 +90,12 @@ def test_a_second_ctrl_c_leaves_at_once(whole, tmp_path, monkeypatch, capsys):
             os.kill(os.getpid(), signal.SIGINT)
         raise AssertionError("still here")
 
+    before = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(train, "iteration", twice)
     assert train.main([*whole[1], "--output_dir", str(tmp_path / "run")]) == 130
     assert "left at once; the last checkpoint, if any, is whole" in capsys.readouterr().err
     assert [s for s, _ in checkpoint.found(tmp_path / "run")] == [0]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_killed_run_continues_to_the_same_log_and_lora_random_rewards_included(whole, started):
@@ -118,19 +121,52 @@ def test_latest_is_the_newest_run_and_changed_options_are_named(
     monkeypatch.chdir(started.parent)
     assert "no run with checkpoints" in error("--resume", "latest")
     shutil.move(started, "runs/one")
-    said = error("--resume", "latest", "--seed", "9", "--pool", "8", "--micro_batch", "36")
+    latest = ("--resume", "latest", *whole[1][-2:], "--seed", "9")
+    said = error(*latest, "--pool", "8", "--micro_batch", "36")
     assert (
         "--resume runs/one: --pool was 6 and is 8, --seed was 0 and is 9; --force pool,seed" in said
     )
-    assert "--pool was" not in error(
-        "--resume", "latest", "--seed", "9", "--force", "seed", "--keep", "2"
-    )
-    assert "--force sed" in error("--resume", "latest", "--seed", "9", "--force", "sed")
-    capsys.readouterr()
-    assert resume("latest", "--learning_rate", "0.5", "--force", "learning_rate") == 0
+    assert "--seed was" not in error(*latest, "--force", "seed", "--keep", "2")
+    assert "--force sed: names" in error(*latest, "--force", "sed")
+    assert "; start a new run" in error(*latest, "--lora_rank", "3")
+    assert "none of model, lora_rank" in error(*latest, "--lora_rank", "3", "--force", "lora_rank")
+    assert "a run goes on in its folder" in error(*latest, "--output_dir", "elsewhere")
+    assert "there is none" in error("--force", "seed")
+    assert "give a run's folder" in error("--resume", "")
+    assert f"say so by --reward {whole[1][-1]}" in error(
+        "--resume", "runs/one"
+    ) and "executes a file" in error("--resume", "runs/one", "--steps", "3")
+    more = ["--learning_rate", "0.5", "--eval_rewards", "clipscore"]
+    assert train.main([*latest[:4], *more, "--force", "learning_rate,eval_rewards"]) == 0
     said = [line for line in capsys.readouterr().out.splitlines() if " was " in line]
-    assert said == ["--learning_rate was 0.001 and is 0.5"]
+    assert said == [
+        "--eval_rewards was '' and is 'clipscore'",
+        "--learning_rate was 0.001 and is 0.5",
+    ]
     assert outcome(Path("runs/one"))[1] != outcome(whole[0])[1]
+
+
+def test_what_is_changed_stays_changed_when_the_run_stops_again(whole, started, monkeypatch):
+    real = train.iteration
+
+    def stopped(run, step):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(run, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "iteration", stopped)
+        assert resume(started, "--steps", "3", "--keep_checkpoints", "1") == 143
+    assert [p.name for _, p in checkpoint.found(started)] == ["step_000001"]
+    assert resume(started) == 0
+    assert [line["step"] for line in lines(started)] == [0, 1, 2, 3]
+
+
+def test_a_checkpoint_whose_successor_is_not_there_yet_counts(started):
+    path = checkpoint.found(started)[-1][1]
+    aside = path.rename(path.with_name(path.name + checkpoint.ASIDE))
+    assert checkpoint.newest(started).path == aside
+    shutil.copytree(aside, path)
+    assert checkpoint.newest(started).path == path
 
 
 # ---------------------------------------------------------------------------------------------
@@ -157,7 +193,7 @@ def test_every_byte_flipped_or_cut_is_noticed_or_harmless(whole, tmp_path):
         except checkpoint.CheckpointError as error:
             assert str(copy) in str(error) and "\n" not in str(error)
         else:  # the spaces between the manifest's words
-            assert json.loads((copy / "manifest.json").read_text()) == manifest, victim
+            assert victim.name == "manifest.json" and json.loads(victim.read_text()) == manifest
         shutil.copy(path / victim.name, victim)
 
 
@@ -183,6 +219,10 @@ def sign(path):
     (path / "manifest.json").write_text(json.dumps(manifest))
 
 
+def bare(folder):
+    return train.main(["--resume", str(folder)])
+
+
 class Runs:
     def __init__(self, path):
         self.path = path
@@ -201,6 +241,18 @@ def hostile_tensors(path, change):
 def hostile_json(path, **changes):
     about = json.loads((path / "run.json").read_text())
     (path / "run.json").write_text(json.dumps(about | changes))
+    sign(path)
+
+
+def hostile_options(path, **changes):
+    options = json.loads((path / "run.json").read_text())["options"]
+    hostile_json(path, options=options | changes)
+
+
+def hostile_lines(path, change):
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    change(lines)
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     sign(path)
 
 
@@ -239,6 +291,14 @@ HOSTILE = {
     "a path out of it": lambda path, ran: (path / "manifest.json").write_text(
         json.dumps({"../../../config.json": [1, ""]})
     ),
+    "no file": lambda path, ran: (
+        (path / "manifest.json").unlink(),
+        os.mkfifo(path / "manifest.json"),
+    ),
+    "a link without an end": lambda path, ran: (
+        (path / "manifest.json").unlink(),
+        (path / "manifest.json").symlink_to("/dev/zero"),
+    ),
     "a link": lambda path, ran: (
         shutil.move(path / "run.json", path.parent / "elsewhere"),
         (path / "run.json").symlink_to(path.parent / "elsewhere"),
@@ -249,17 +309,32 @@ HOSTILE = {
     "a deep nest": lambda path, ran: ((path / "run.json").write_text("[" * 10**5), sign(path)),
     "no options": lambda path, ran: hostile_json(path, options=[]),
     "an option of no kind": lambda path, ran: hostile_json(path, options={"pool": "many"}),
-    "an unknown option": lambda path, ran: hostile_json(path, options={"shell": "rm"}),
+    "an unknown option": lambda path, ran: hostile_options(path, shell="rm"),
+    "an absurd option": lambda path, ran: hostile_options(path, pool=10**12),
+    "a zero byte": lambda path, ran: hostile_options(path, prompts="a\0b"),
+    "a reward in a file": lambda path, ran: (
+        (path / "evil.py").write_text(f"open({str(ran)!r}, 'w')"),
+        hostile_options(path, reward=str(path / "evil.py") + ":f"),
+    ),
     "another step": lambda path, ran: hostile_json(path, step=10**9),
     "other prompts": lambda path, ran: hostile_json(path, prompts="0"),
-    "texts for numbers": lambda path, ran: (
-        (path / "metrics.jsonl").write_text('{"step": 0, "eval/reward": "x"}\n'),
-        sign(path),
+    "a text for a number": lambda path, ran: hostile_lines(
+        path, lambda lines: lines[0].update({"eval/reward": "x"})
     ),
-    "half an evaluation": lambda path, ran: (
-        (path / "metrics.jsonl").write_text('{"step": 0, "eval/reward": 1}\n{"step": 1}\n'),
-        sign(path),
+    "a number for numbers": lambda path, ran: hostile_lines(
+        path, lambda lines: lines[0].update({"eval/rewards": 1.0})
     ),
+    "a number too many": lambda path, ran: hostile_lines(
+        path, lambda lines: lines[0]["eval/rewards"].append(1.0)
+    ),
+    "a number too large": lambda path, ran: hostile_lines(
+        path, lambda lines: lines[1].update({"loss": 10**400})
+    ),
+    "half an evaluation": lambda path, ran: hostile_lines(
+        path, lambda lines: lines[0].pop("eval/standard_error")
+    ),
+    "no evaluation before": lambda path, ran: hostile_lines(path, lambda lines: lines.pop(0)),
+    "a line twice": lambda path, ran: hostile_lines(path, lambda lines: lines.append(lines[1])),
 }
 
 
@@ -269,8 +344,11 @@ def test_a_hostile_checkpoint_is_refused_in_a_line_and_executes_nothing(
 ):
     shutil.rmtree(started / "checkpoints" / "step_000000", ignore_errors=True)
     HOSTILE[what](started / "checkpoints" / "step_000001", tmp_path / "ran")
+    before = {p: p.read_bytes() for p in started.rglob("*.json*") if p.parent == started}
     capsys.readouterr()
-    assert resume(started) == 2
+    # The reward's file is said, which alone is executed: the right one or, in its place, none.
+    assert (resume if what != "a reward in a file" else bare)(started) == 2
+    assert before == {p: p.read_bytes() for p in before}
     said = capsys.readouterr().err
     assert said.startswith("train.py: error: ") and said.count("\n") == 1, said
     assert not (tmp_path / "ran").exists() and not (started / "lora").exists()
@@ -307,28 +385,32 @@ def full_disk(monkeypatch, at):
     return done
 
 
+@pytest.mark.parametrize("step", [1, 2])
 def test_a_disk_full_at_any_write_of_a_checkpoint_harms_none_before(
-    whole, started, monkeypatch, capsys
+    step, started, tmp_path, monkeypatch
 ):
-    """Of the second step's; its log and picture are written by the same rule."""
-    last = checkpoint.found(started)[-1][1]
-    kept = {p: p.read_bytes() for p in last.iterdir()}
+    """Of the second step's, and of the first's when it is written again."""
+
+    def contents(path):
+        return {file.name: file.read_bytes() for file in path.iterdir()}
+
+    last = contents(checkpoint.found(started)[-1][1])
     for at in range(1, 99):
+        folder = shutil.copytree(started, tmp_path / f"at_{at}")
         with monkeypatch.context() as patch:
             done = full_disk(patch, at)
-            patch.setattr(train, "Run", Nothing)
             patch.setattr(checkpoint, "_tensors", lambda run: {"default.0": torch.zeros(2, 2)})
             try:
-                checkpoint.save(Nothing(started), '{"step": 2}\n', 2)
+                checkpoint.save(Nothing(folder), '{"step": 0}\n', step)
             except OSError:
                 assert len(done) == at
-                there = {p for p in (started / "checkpoints").iterdir()}
-                assert there == {p for _, p in checkpoint.found(started)}, "half-written"
-                assert {p: p.read_bytes() for p in last.iterdir()} == kept
             else:
                 break
-        shutil.rmtree(started / "checkpoints" / "step_000002", ignore_errors=True)
-    assert at > 10
+        there = checkpoint.found(folder)
+        assert {p for p in (folder / "checkpoints").iterdir()} == {p for _, p in there}, "half"
+        assert last in [contents(path) for _, path in there]
+    assert at > 10 and checkpoint.found(folder)[-1][0] == step
+    assert not list((folder / "checkpoints").glob("*" + checkpoint.ASIDE))
 
 
 class Nothing:
@@ -359,11 +441,11 @@ def test_what_fails_a_run_from_outside_says_how_it_goes_on(
         assert resume(started) == 1
     said = capsys.readouterr().err.strip().splitlines()[-1]
     if trouble == "deleted":
-        assert "No such file" in said and said.endswith("when that is mended start again")
+        assert "No such file" in said and said.endswith("when that is mended, start again")
     else:
-        assert said.endswith(f"when that is mended --resume {started} goes on from step 1")
+        assert f"mended, continue with: python train.py --resume {started} --reward" in said
         assert resume(started) == 0
-        assert trouble == "reward" or outcome(started) == outcome(whole[0])
+        assert outcome(started) == outcome(whole[0])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -373,7 +455,7 @@ def test_what_fails_a_run_from_outside_says_how_it_goes_on(
 def broken(run, where):
     """What to patch so that the run's next step meets a NaN there."""
     nan, model = lambda x: x * float("nan"), run.model  # noqa: E731
-    draw, decode, velocity = train.draw, model.decode, model.velocity
+    draw, decode, velocity, nft = train.draw, model.decode, model.velocity, train.nft_loss
 
     def only_with_gradient(transformer, x, *rest):
         v = velocity(transformer, x, *rest)
@@ -384,6 +466,7 @@ def broken(run, where):
         "images": (model, "decode", lambda x: nan(decode(x))),
         "reward": (run.reward, "parts", [("bad", 1.0, lambda i, p, m: [float("inf")] * len(p))]),
         "velocity": (model, "velocity", only_with_gradient),
+        "loss": (train, "nft_loss", lambda *a: tuple([nan(x[0]), x[1]] for x in [nft(*a)])[0]),
         "gradient": (torch.nn.utils, "get_total_norm", lambda g: torch.tensor(float("nan"))),
     }[where]
 
@@ -395,6 +478,7 @@ def broken(run, where):
         ("images", "stop"),
         ("reward", "stop"),
         ("velocity", "stop"),
+        ("loss", "stop"),
         ("gradient", "skip"),
     ],
 )
@@ -432,6 +516,25 @@ def test_nan_stops_the_step_before_the_optimizer_moves_and_says_where(
     else:
         assert [line["step"] for line in log] == [0, 1]
         assert [step for step, _ in checkpoint.found(out)] == [0, 1]
+
+
+def test_a_run_of_which_every_step_was_skipped_goes_on(world, tmp_path, monkeypatch):
+    """AdamW has no state then."""
+    real, folder = train.iteration, tmp_path / "run"
+
+    def iteration(run, step):
+        if step == 0:
+            raise train.NonFinite("loss", torch.tensor(float("nan")), "update", "a", 1, "bf16")
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(run, step)
+
+    options = [*MINIATURE, "--on_nonfinite", "skip", "--output_dir", str(folder)]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "iteration", iteration)
+        assert train.main(options) == 143
+    assert train.main(["--resume", str(folder)]) == 0
+    assert ["loss" in line for line in lines(folder)] == [False, False, True]
+    assert "for 1 steps" in (folder / "lora" / "README.md").read_text()
 
 
 def test_equal_rewards_have_no_advantage_and_are_counted(world, tmp_path):

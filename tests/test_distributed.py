@@ -41,9 +41,9 @@ try:
         items = list(range(7))
         said["gathered"] = d.gather([10 * i for i in d.mine(items)])
         said["few"] = d.gather([str(i) for i in d.mine(items[:1])])
-        tensors = [torch.full((2,), 10.0**d.RANK, dtype=torch.float64)]
-        d.total(tensors)
-        said["total"] = tensors[0].tolist()
+        tensor = torch.full((2,), 10.0**d.RANK, dtype=torch.float64)
+        d.total(tensor)
+        said["total"] = tensor.tolist()
         with d.first_on_its_node():
             time.sleep(0.5 * (d.LOCAL_RANK == 0))
             said["at"] = time.monotonic()
