@@ -224,9 +224,8 @@ def read(path):
             lines = []
             while text := file.readline(LARGEST_JSON):
                 lines.append(_line(text, len(lines)))
-        if len(lines) != about["step"] + 1 and (
-            lines or about["step"]
-        ):  # before any, there is none
+        before_any = not lines and about["step"] == 0  # stopped in its first evaluation
+        if len(lines) != about["step"] + 1 and not before_any:
             raise CheckpointError("metrics.jsonl is of another checkpoint")
         if len({len(line["eval/rewards"]) for line in lines if "eval/rewards" in line}) > 1:
             raise CheckpointError("metrics.jsonl has evaluations of different prompts")

@@ -2,11 +2,14 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 
+import pytest
 import torch
 from conftest import MINIATURE, PROJECT, outcome
+from safetensors import SafetensorError
 
 import checkpoint
 import train
@@ -36,6 +39,12 @@ import distributed as d
 
 d.TIMEOUT = timedelta(seconds=2)
 said = {"rank": d.RANK}
+try:
+    with d.group():
+        if d.RANK == 0:
+            raise OSError("the disk is full")
+except OSError as error:
+    said["last"] = [str(error), getattr(error, "rank", None)]
 try:
     with d.group():
         items = list(range(7))
@@ -72,10 +81,26 @@ def test_exchanges_totals_errors_and_a_rank_that_hangs(tmp_path):
     assert len(said) == 3, text
     for each in said:
         assert each["gathered"] == [0, 10, 20, 30, 40, 50, 60] and each["few"] == ["0"]
-        assert each["total"] == [111, 111]
+        assert each["total"] == [111, 111] and each["last"] == ["the disk is full", 0]
         assert each["errors"] == [["ValueError", "a b", 1], ["RuntimeError", "KeyError: <f", 1]]
         assert "another process died or did not answer for 0:00:02" in each["lost"]
     assert all(each["at"] >= said[0]["at"] for each in said)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(kind("a line") for kind in (*train.BAD_INPUT, SafetensorError, checkpoint.Ended)),
+        checkpoint.Stopped(15),
+        train.NonFinite("loss", torch.tensor(1.0), "update", "a cat", 3, "bf16"),
+        train.NonFiniteScores("mine", torch.ones(2), "a cat"),
+        OSError(28, "No space left on device", "a"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_every_error_reaches_the_others_as_it_is(error):
+    other = pickle.loads(pickle.dumps(error))
+    assert type(other) is type(error) and str(other) == str(error)
 
 
 KILLED = """

@@ -379,6 +379,55 @@ def test_another_familys_folder_is_named_and_so_is_what_is_broken(world, tmp_pat
         error(folder)
 
 
+def test_nothing_in_a_pretrained_folder_is_executed(world, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return open, (str(tmp_path / "ran"), "w")
+
+    def pickled(folder, victim):
+        (folder / victim).unlink()
+        name = victim.replace("model.safetensors", "pytorch_model.bin")
+        name = name.replace("diffusion_pytorch_pytorch_model", "diffusion_pytorch_model")
+        torch.save(Evil(), folder / name)
+
+    def code(folder, part):
+        (folder / part / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nEvil = 1\n")
+        index = json.loads((folder / "model_index.json").read_text())
+        (folder / "model_index.json").write_text(json.dumps(index | {part: ["evil", "Evil"]}))
+
+    def automatic(folder, part):
+        """As transformers' Auto classes take it, where `trust_remote_code` is given."""
+        code(folder, part)
+        kind = "AutoModel" if "encoder" in part else "AutoTokenizer"
+        index = json.loads((folder / "model_index.json").read_text())
+        index |= {part: ["transformers", kind]}
+        (folder / "model_index.json").write_text(json.dumps(index))
+        file = folder / part / ("config.json" if "encoder" in part else "tokenizer_config.json")
+        config = json.loads(file.read_text())
+        config |= {"auto_map": {kind: "evil.Evil"}, "model_type": "evil"}
+        file.write_text(json.dumps(config))
+
+    weights = "diffusion_pytorch_model.safetensors"
+    for number, (how, what) in enumerate(
+        [
+            (pickled, f"vae/{weights}"),
+            (pickled, f"transformer/{weights}"),
+            (pickled, "text_encoder/model.safetensors"),
+            (code, "transformer"),
+            (code, "text_encoder"),
+            (code, "tokenizer"),
+            (automatic, "text_encoder"),
+            (automatic, "tokenizer"),
+        ]
+    ):
+        folder = tmp_path / str(number)
+        shutil.copytree(world / "flux", folder)
+        how(folder, what)
+        with pytest.raises(models.ModelError, match="cannot be loaded") as error:
+            models.load("flux", folder, 32)
+        assert "\n" not in str(error.value) and not (tmp_path / "ran").exists(), (how, what)
+
+
 def test_a_hub_that_refuses_or_is_not_there_is_one_line(tmp_path):
     answers = {
         "a/gated": (403, "GatedRepo"),
