@@ -8,10 +8,11 @@
 
 There is no random state in it: every number follows from the seed, the step and the prompt. It is
 written into a folder of a temporary name, synced and renamed: it is whole or it is not there. With
-many processes the first one writes; all must see the folder to continue.
+many processes the first one writes and chooses; all must see the folder to continue.
 
-What is read is not trusted: names and sizes are checked before contents, hashes before anything
-is parsed, shapes before anything is loaded, and no pickle is ever opened.
+What is read is not trusted: kinds and sizes of files are checked before contents, hashes before
+anything is parsed, shapes before anything is loaded. No pickle is opened, no reward's file executed
+that the command line does not name too.
 """
 
 import contextlib

@@ -182,8 +182,8 @@ def command(config):
 
 
 def resuming(config):
-    """The command line that continues a run. What a reward's file is executed for is said anew each
-    time, so that no checkpoint can name one."""
+    """The command line that continues a run. It names a reward's file, which is executed: what a
+    checkpoint alone names is not."""
     words = [f"python train.py --resume {shlex.quote(config.output_dir)}"]
     for name in ("reward", "eval_rewards"):
         if ".py:" in getattr(config, name):

@@ -84,8 +84,7 @@ def exchange(value):
 
 
 def total(tensor):
-    """Sum a tensor over the ranks, in place, in one collective. Every rank gets the same bits; in
-    float64 gloo's order of summing is below float32's last bit, NCCL's was not tried. Raises
+    """Sum a tensor over the ranks, in place, in one collective; every rank gets the same. Raises
     Lost."""
     if WORLD > 1:
         with _lost():

@@ -37,7 +37,7 @@ from datetime import timedelta
 import torch, torch.distributed as dist
 import distributed as d
 
-d.TIMEOUT = timedelta(seconds=2)
+d.TIMEOUT = timedelta(seconds=1.5)
 said = {"rank": d.RANK}
 try:
     with d.group():
@@ -65,7 +65,7 @@ try:
             except Exception as e:
                 said["errors"].append([type(e).__name__, str(e)[:12], e.rank])
         if d.RANK == 1:
-            time.sleep(4)
+            time.sleep(3)
         d.exchange(0)
 except d.Lost as error:
     said["lost"] = str(error)
@@ -83,7 +83,7 @@ def test_exchanges_totals_errors_and_a_rank_that_hangs(tmp_path):
         assert each["gathered"] == [0, 10, 20, 30, 40, 50, 60] and each["few"] == ["0"]
         assert each["total"] == [111, 111] and each["last"] == ["the disk is full", 0]
         assert each["errors"] == [["ValueError", "a b", 1], ["RuntimeError", "KeyError: <f", 1]]
-        assert "another process died or did not answer for 0:00:02" in each["lost"]
+        assert "another process died or did not answer for 0:00:01.5" in each["lost"]
     assert all(each["at"] >= said[0]["at"] for each in said)
 
 
@@ -117,6 +117,15 @@ sys.exit(train.main(sys.argv[1:]))
 """
 
 
+TWICE = """
+import sys
+import train
+
+wrong = train.main([*sys.argv[1:], "--prompts_per_step", "1", "--force", "prompts_per_step"])
+sys.exit([wrong, train.main(sys.argv[1:])] != [2, 0])
+"""
+
+
 def test_a_run_of_three_processes_one_of_which_dies_then_of_two_is_that_of_one(tmp_path, world):
     options = [*MINIATURE, "--steps", "3", "--prompts_per_step", "4", "--micro_batch", "3"]
     threads = torch.get_num_threads()
@@ -130,18 +139,12 @@ def test_a_run_of_three_processes_one_of_which_dies_then_of_two_is_that_of_one(t
     assert code != 0 and said.count("explored in nvfp4") == 1
     assert "rank 0: another process died" in said and "rank 2: another process died" in said
     assert [step for step, _ in checkpoint.found(folder)] == [1, 2]
-    code, said = torchrun(2, PROJECT / "train.py", "--resume", folder)
+    (tmp_path / "twice.py").write_text(TWICE)
+    code, said = torchrun(2, tmp_path / "twice.py", "--resume", folder)
     assert code == 0, said
     assert outcome(folder) == outcome(tmp_path / "one")
-
-
-def test_what_is_wrong_is_said_once_and_by_its_rank(tmp_path, world):
-    code, said = torchrun(
-        2, PROJECT / "train.py", "--prompts_per_step", "1", "--output_dir", tmp_path / "run"
-    )
-    lines = [line for line in said.splitlines() if line.startswith("train.py")]
-    assert code != 0 and len(lines) == 1 and not (tmp_path / "run").exists()
-    assert "--prompts_per_step 1: fewer than the 2 processes" in lines[0]
+    (line,) = [line for line in said.splitlines() if line.startswith("train.py")]
+    assert "--prompts_per_step 1: fewer than the 2 processes" in line
 
 
 def test_each_process_takes_the_gpu_of_its_own(monkeypatch, capsys):
