@@ -455,13 +455,17 @@ def follow(transformer, follower, eta):
 def save_lora(model, adapter, folder):
     """Write folder/pytorch_lora_weights.safetensors, which diffusers' pipelines load."""
     transformer, name = model.transformer, "pytorch_lora_weights.safetensors"
-    model.pipeline.save_lora_weights(
-        folder,
-        transformer_lora_layers=get_peft_model_state_dict(transformer, adapter_name=adapter),
-        transformer_lora_adapter_metadata=transformer.peft_config[adapter].to_dict(),
-        weight_name=f"unfinished.{name}",
-    )
-    os.replace(folder / f"unfinished.{name}", folder / name)
+    unfinished = folder / f"unfinished.{name}"
+    try:
+        model.pipeline.save_lora_weights(
+            folder,
+            transformer_lora_layers=get_peft_model_state_dict(transformer, adapter_name=adapter),
+            transformer_lora_adapter_metadata=transformer.peft_config[adapter].to_dict(),
+            weight_name=unfinished.name,
+        )
+        os.replace(unfinished, folder / name)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------

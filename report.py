@@ -8,6 +8,7 @@ lora/           the EMA policy's LoRA, which `pipe.load_lora_weights(folder)` ta
 checkpoints/    what --resume continues from
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -306,8 +307,8 @@ class Report:
         names = ("what", "value", "stage", "prompt", "seed", "precision")
         about = {"step": str(step)} | {k: str(v) for k, v in zip(names, error.args) if k != "value"}
         value = error.args[1].contiguous()
-        save_file({"value": value}, path.with_suffix(".tmp"), metadata=about)
-        os.replace(path.with_suffix(".tmp"), path)
+        with _unfinished(path) as temporary:
+            save_file({"value": value}, temporary, metadata=about)
         say(f"step {step}: {error}; nothing was updated; kept in {path}", file=sys.stderr)
 
     def stopped(self, path, *more):
@@ -322,16 +323,26 @@ def mean_and_error(values):
     return statistics.mean(values), error
 
 
+@contextlib.contextmanager
+def _unfinished(path):
+    """A name beside `path` to write it under: it then takes its place, or nothing is left of it."""
+    temporary = path.with_name(f"unfinished.{path.name}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def _write(path, text):
     if distributed.RANK > 0:
         return
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    with _unfinished(path) as temporary:
+        temporary.write_text(text)
 
 
 def _save(figure, path):
     figure.tight_layout()
-    figure.savefig(path.with_name("unfinished.png"), dpi=120)
-    os.replace(path.with_name("unfinished.png"), path)
+    with _unfinished(path) as temporary:
+        figure.savefig(temporary, dpi=120)
     plt.close(figure)
