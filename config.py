@@ -57,6 +57,9 @@ class Config:
     eval_rewards: str = option(
         "", "rewards like --reward that are only measured, on held-out prompts"
     )
+    z_score: bool = option(
+        False, "z-score each reward of a sum over a prompt's pool, or an iteration, first"
+    )
     reward_weights: str = option("", "folder with the rewards' repositories instead of the hub")
     prompts: str = option("", "file with a prompt a line, or .jsonl with 'prompt' and metadata")
     eval_prompts: str = option(
@@ -90,6 +93,9 @@ class Config:
     nft_beta: float = option(1.0, "policy mix of the loss")
     kl: float = option(1e-4, "weight of the KL term against the base model")
     adv_clip: float = option(5.0, "advantages are clipped to +- this")
+    advantage_std: str = option(
+        "all", "over what the advantages' std is: all samples, or each prompt's", ("all", "prompt")
+    )
     ema_decay: float = option(0.9, "decay of the EMA policy, which is evaluated and saved")
     seed: int = option(0, "run seed")
     output_dir: str = option("", "the run's folder; default runs/<model>_<family>_<time>")

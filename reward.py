@@ -418,6 +418,14 @@ class Reward:
             raise RewardError(f"the weighted sum of {', '.join(found)} is not a finite number")
         return found | {"weighted_sum": total}
 
+    def z_scored_sum(self, scores):
+        """The weighted sum of raw scores {name: (...)}, each part first brought to mean 0 and
+        deviation 1 over all that are given; float32 (...)."""
+        return sum(
+            w * (scores[name] - scores[name].mean()) / (scores[name].std(correction=0) + 1e-4)
+            for name, w, _ in self.parts
+        )
+
 
 def build_reward(spec, device="cpu", tiny=False, weights=None, option="--reward"):
     """A Reward from its spec (see the top of this file).

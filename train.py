@@ -55,14 +55,16 @@ UPDATE, EVALUATION, ORDER = 2**32 - 1, 2**32 - 2, 2**32 - 3
 # The loss (DiffusionNFT, arXiv 2509.16117)
 
 
-def group_advantages(rewards, adv_clip=5.0):
-    """A = (r - mean over the prompt's K) / (std over all + 1e-4), clipped; (P, K) -> (P, K).
+def group_advantages(rewards, adv_clip=5.0, std_over="all"):
+    """A = (r - mean over the prompt's K) / (std + 1e-4), clipped; rewards (P, K) -> (P, K).
 
-    One std for all prompts: a prompt whose candidates hardly differ keeps small advantages, and
-    one whose candidates are all equal has 0, whatever rounding does to their mean."""
+    std_over: "all", the paper's, is one std for all prompts, so that a prompt whose candidates
+    hardly differ keeps small advantages; "prompt" is each prompt's own, as in GRPO. A prompt whose
+    candidates are all equal has 0, whatever rounding does to their mean."""
     differ = rewards.amax(dim=1, keepdim=True) > rewards.amin(dim=1, keepdim=True)
     centred = (rewards - rewards.mean(dim=1, keepdim=True)) * differ
-    return (centred / (rewards.std(correction=0) + 1e-4)).clamp(-adv_clip, adv_clip)
+    over = dict(dim=1, keepdim=True) if std_over == "prompt" else {}
+    return (centred / (rewards.std(**over, correction=0) + 1e-4)).clamp(-adv_clip, adv_clip)
 
 
 def nft_loss(v, v_old, v_ref, x_t, x_0, t, advantages, beta=1.0, adv_clip=5.0, kl=1e-4):
@@ -115,7 +117,7 @@ def iteration(run, step):
 
         # Select: the best and the worst; of a two-stage pool only their seeds survive.
         with run.clock("select"):
-            kept = keep(pool.rewards, c.keep)
+            kept = keep(run.weighed(pool.scores), c.keep)
         samples = pool.take(kept)
         explored.append(samples)
 
@@ -129,9 +131,11 @@ def iteration(run, step):
             trained[-1].images.clear()
 
     # Advantages: from the rewards of what is trained on, never from the explorer's.
-    scores = distributed.gather([(e.scores, t.scores) for e, t in zip(explored, trained)])
-    rewards = torch.stack([after["weighted_sum"] for _, after in scores])  # (P, K)
-    advantages = group_advantages(rewards, c.adv_clip)
+    proxies, scores = zip(
+        *distributed.gather([(e.rewards, t.scores) for e, t in zip(explored, trained)])
+    )
+    rewards = {name: torch.stack([part[name] for part in scores]) for name in scores[0]}  # (P, K)
+    advantages = group_advantages(run.weighed(rewards), c.adv_clip, c.advantage_std)
 
     # Update the policy; then the old policy and the EMA follow it.
     with run.clock("train"):
@@ -139,7 +143,7 @@ def iteration(run, step):
         models.follow(transformer, "old", eta=min(0.001 * (step + 1), 0.5))
         models.follow(transformer, "ema", eta=c.ema_decay)
 
-    metrics |= reward_metrics(scores, rewards)
+    metrics |= reward_metrics(proxies, rewards)
     if c.compile:  # of the process; a recompilation after the first step would show
         metrics["compiled_graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     return metrics, (rows[0], explored[0], trained[0])
@@ -155,7 +159,7 @@ class Candidates:
 
     @property
     def rewards(self):
-        """What is selected by and trained on, (n,) float32."""
+        """The weighted sum, (n,) float32."""
         return self.scores["weighted_sum"]
 
     def take(self, kept):
@@ -279,13 +283,12 @@ def update(run, x_0, rows, advantages, step):
     return sums | {"grad_norm": float(norm)}
 
 
-def reward_metrics(scores, rewards):
-    """What is logged of the rewards (P, K) and of P prompts' scores, of what the explorer saw and
-    of what was trained on: each reward under its own name, and how the explorer had ranked."""
-    metrics = {
-        f"reward/{name}": torch.stack([after[name] for _, after in scores]).mean()
-        for name in scores[0][1]
-    } | {
+def reward_metrics(proxies, rewards):
+    """What is logged of the rewards {name: (P, K)} that were trained on, each under its own name,
+    and of how the explorer had ranked the same candidates: proxies, P times (K,)."""
+    metrics = {f"reward/{name}": values.mean() for name, values in rewards.items()}
+    rewards = rewards["weighted_sum"]
+    metrics |= {
         "reward/mean": rewards.mean(),
         "reward/best": rewards.amax(dim=1).mean(),
         "reward/worst": rewards.amin(dim=1).mean(),
@@ -294,8 +297,8 @@ def reward_metrics(scores, rewards):
         "reward/zero_spread": (rewards.amax(dim=1) == rewards.amin(dim=1)).sum(),
     }
     ranks = [
-        selection.rank_fidelity(before["weighted_sum"], truth, rewards.shape[1] // 2)
-        for (before, _), truth in zip(scores, rewards)
+        selection.rank_fidelity(proxy, truth, rewards.shape[1] // 2)
+        for proxy, truth in zip(proxies, rewards)
     ]
     for name in ("kendall_tau", "spearman_rho"):
         metrics[f"fidelity/{name}"] = sum(rank[name] for rank in ranks) / len(ranks)
@@ -392,6 +395,12 @@ class Run:
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(self.train.prompts), generator=generator)
         return order[step % in_pass * P :][:P].tolist()
+
+    def weighed(self, scores):
+        """What selection and advantages go by of scores {reward: values}."""
+        if self.config.z_score:
+            return self.reward.z_scored_sum(scores)
+        return scores["weighted_sum"]
 
     def score(self, images, prompts, rows, evaluation=False):
         """Scores {reward: (n,)} of images of these rows; in evaluation of --eval_rewards too."""

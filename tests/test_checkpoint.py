@@ -541,5 +541,5 @@ def test_equal_rewards_have_no_advantage_and_are_counted(world, tmp_path):
     rewards = torch.tensor([[0.1] * 3, [0.2, 0.3, 0.4]])
     advantages = train.group_advantages(rewards)
     assert advantages[0].tolist() == [0, 0, 0] and advantages[1].abs().max() > 0.5
-    scores = [({"weighted_sum": r}, {"weighted_sum": r}) for r in rewards]
-    assert train.reward_metrics(scores, rewards)["reward/zero_spread"] == 1
+    metrics = train.reward_metrics(rewards, {"weighted_sum": rewards})
+    assert metrics["reward/zero_spread"] == 1

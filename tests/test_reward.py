@@ -52,6 +52,15 @@ def test_weights_sum_raw_scores_and_metadata_arrives(mine):
     assert reward(IMAGES, ["a", "b"], [{"i": 3}, {"i": 4}]).tolist() == [6, 8.5]
 
 
+def test_z_scored_parts_count_by_their_weights_whatever_their_scales(mine):
+    reward = build_reward(f"{mine}:red,{mine}:index:-3")
+    scores = {"mine.py:red": torch.tensor([0.0, 2.0]), "mine.py:index": torch.tensor([0.0, 2e4])}
+    z = [-1 + 3, 1 - 3]  # each part's own are -1 and 1
+    assert torch.allclose(reward.z_scored_sum(scores), torch.tensor(z).float(), atol=1e-3)
+    equal = {name: torch.full((2,), 0.5) for name in scores}
+    assert reward.z_scored_sum(equal).tolist() == [0, 0]
+
+
 @pytest.mark.parametrize(
     "function, message",
     [

@@ -87,6 +87,8 @@ def test_advantages_have_zero_mean_a_prompt_one_std_and_a_clip():
     assert torch.allclose(train.group_advantages(rewards), expected)
     assert train.group_advantages(rewards, adv_clip=0.5).abs().max() == 0.5
     assert train.group_advantages(torch.ones(2, 4)).abs().max() == 0  # no spread, no division by 0
+    own = torch.tensor([[-1.0, 1.0], [0.0, 0.0]]) / (1 + 1e-4)  # the first prompt's own std is 1
+    assert torch.allclose(train.group_advantages(rewards, std_over="prompt"), own)
 
 
 @pytest.mark.parametrize("family", list(train.FAMILIES))
@@ -106,7 +108,7 @@ def test_every_family_runs_and_leaves_its_folder(family, tmp_path, world, capsys
 
 
 def test_a_weighted_sum_trains_and_each_part_is_logged_and_others_are_only_measured(
-    tmp_path, world
+    tmp_path, world, monkeypatch
 ):
     (tmp_path / "mine.py").write_text(
         "def red(i, p, m): return i[:, 0].mean(dim=(1, 2))\n"
@@ -114,7 +116,16 @@ def test_a_weighted_sum_trains_and_each_part_is_logged_and_others_are_only_measu
     )
     mine = tmp_path / "mine.py"
     options = ["--reward", f"clipscore:2,{mine}:red:-1", "--eval_rewards", f"{mine}:blue:7"]
+    options += ["--z_score", "--advantage_std", "prompt"]
+    seen = []
+    for module, name in ((train, "group_advantages"), (train.selection, "best_worst")):
+        real = getattr(module, name)
+        spy = lambda r, *more, real=real: seen.append((r, *more)) or real(r, *more)  # noqa: E731
+        monkeypatch.setattr(module, name, spy)
     assert train.main([*MINIATURE, *options, "--output_dir", str(tmp_path / "run")]) == 0
+    (pool, keep), (kept, _, over) = seen[:2]
+    assert (pool.shape, keep, kept.shape, over) == ((6,), 4, (1, 4), "prompt")
+    assert abs(pool.mean()) < 1e-3 and abs(kept.mean()) < 1e-3  # z-scored, and logged raw:
     before, first, _ = lines(tmp_path / "run")
     for line, kind in ((first, "reward"), (before, "eval")):
         parts = 2 * line[f"{kind}/clipscore"] - line[f"{kind}/mine.py:red"]
@@ -325,13 +336,6 @@ def test_bad_input_is_one_line_and_nothing_is_written(
     ignore = {"__pycache__"}
     after = [p for p in sorted(tmp_path.rglob("*")) if not ignore & set(p.parts)]
     assert after == before
-
-
-def test_equal_rewards_have_no_advantage():
-    rewards = torch.tensor([[0.1] * 3, [0.2, 0.3, 0.4]])
-    advantages = train.group_advantages(rewards)
-    assert advantages[0].tolist() == [0, 0, 0] and advantages[1].abs().min() < 1e-6
-    assert train.group_advantages(torch.full((2, 3), 0.7)).abs().max() == 0
 
 
 def test_out_of_memory_is_a_line_that_says_what_would_do(tmp_path, world, monkeypatch, capsys):
