@@ -57,12 +57,9 @@ def quantization(device):
                 other = wrap(theirs)
                 todo["theirs"] = lambda: other(x)
             ms = medians(todo)
-            them, ratio = (
-                ms.get("theirs", float("nan")),
-                ms.get("theirs", float("nan")) / ms["ours"],
-            )
+            them = ms.get("theirs", float("nan"))
             print(
-                f"| {shape}, {mode} | {them:.2f} | {ms['ours']:.2f} | {ratio:.1f}x | "
+                f"| {shape}, {mode} | {them:.2f} | {ms['ours']:.2f} | {them / ms['ours']:.1f}x | "
                 f"{ms['copy']:.2f} | {ms['copy'] / ms['ours']:.0%} |",
                 flush=True,
             )
