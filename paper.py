@@ -1,6 +1,6 @@
 """The paper's claims, measured on the tiny models.
 
-    python paper.py fidelity           # does NVFP4 rank as BF16 does? (Table 8; 2 minutes)
+    python paper.py fidelity           # does NVFP4 rank as BF16 does? (Table 8; 3 minutes)
     python paper.py families           # the four rollout families, 3 models, 3 seeds (40 minutes)
     python paper.py ladder             # precisions and steps of exploring, 3 models (2 hours)
 
@@ -198,7 +198,8 @@ def ladder(prompts, seeds, steps, pool=96, keep=12, rollout_steps=10):
 
 
 def families(seeds, steps):
-    """Held-out reward of the four rollout families at equal updates: a table and a picture."""
+    """Held-out reward of the four rollout families at equal updates: a table and a picture. Runs of
+    one seed share prompts and candidates, so Sol-RL's lead is that of pairs."""
     todo = [
         dict(model=model, family=family, seed=seed, steps=steps)
         for seed in range(seeds)
@@ -207,8 +208,10 @@ def families(seeds, steps):
     ]
     runs = runs_of(HERE / "runs" / "families", todo)
     figure, axes = plt.subplots(1, len(models.MODELS), figsize=(12, 4))
-    print("\n| model | family | before | after | gain | rollout s | train s |\n|" + " --- |" * 7)
+    columns = "model | family | before | after | gain | lead of sol_rl | rollout s | train s"
+    print(f"\n| {columns} |\n|" + " --- |" * 8)
     for axis, model in zip(axes, models.MODELS):
+        gains = {}
         for family in FAMILIES:
             mine = [
                 run
@@ -218,7 +221,10 @@ def families(seeds, steps):
             evals = [[line for line in run if "eval/reward" in line] for run in mine]
             curves = list(zip(*([line["eval/reward"] for line in run] for run in evals)))
             after, error = mean_and_error(curves[-1])
-            gain, gain_error = mean_and_error([b - a for a, b in zip(curves[0], curves[-1])])
+            gains[family] = [b - a for a, b in zip(curves[0], curves[-1])]
+            gain, gain_error = mean_and_error(gains[family])
+            leads = [a - b for a, b in zip(gains["sol_rl"], gains[family])]
+            lead = "" if family == "sol_rl" else "{:+.4f} ± {:.4f}".format(*mean_and_error(leads))
             seconds = {
                 stage: sum(line.get(f"time/{stage}", 0) for run in mine for line in run) / seeds
                 for stage in ("explore", "regenerate", "reward", "train")
@@ -226,7 +232,8 @@ def families(seeds, steps):
             train = seconds.pop("train")
             print(
                 f"| {model} | {family} | {curves[0][0]:.4f} | {after:.4f} ± {error:.4f} | "
-                f"{gain:.4f} ± {gain_error:.4f} | {sum(seconds.values()):.0f} | {train:.0f} |"
+                f"{gain:.4f} ± {gain_error:.4f} | {lead} | {sum(seconds.values()):.0f} | "
+                f"{train:.0f} |"
             )
             means, errors = zip(*map(mean_and_error, curves))
             at = [line["step"] for line in evals[0]]
