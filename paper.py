@@ -35,8 +35,9 @@ COLUMNS = "kendall_tau spearman_rho top_match bottom_match top_rank bottom_rank"
 
 def candidates(model, reward, text, prompt, i, transformer, steps, micro_batch, pool=96):
     """(images, rewards) of the pool of the i-th prompt."""
-    pieces = draw(model, transformer, text, candidate_seeds(0, 0, i, pool), steps, micro_batch)
-    images = torch.cat([images for _, images in pieces])
+    seeds = candidate_seeds(0, 0, i, pool)
+    parts = [seeds[j : j + micro_batch] for j in range(0, pool, micro_batch)]
+    images = torch.cat([draw(model, transformer, text, part, steps)[1] for part in parts])
     return images, reward(images, [prompt] * pool)
 
 

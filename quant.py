@@ -36,8 +36,8 @@ on 4 leaves a gap of 1/4 below the block's largest element where 6 leaves 1/3.
 What a matmul does. The tensor core multiplies code * s exactly, accumulates in float32 and
 applies alpha = amax_x * amax_w / 2688^2 at the end. A code has 2 significant bits and s has 4, so
 code * s (at most 6 bits, exponents from -10 to 11) is exact in BF16: one BF16 matmul of these
-products followed by alpha is the FP4 matmul up to the order of its sum
-and one more rounding to BF16, before alpha. That is the simulation.
+products followed by alpha is the FP4 matmul up to the order of its sum and one more rounding to
+BF16, before alpha. That is the simulation.
 """
 
 import torch
@@ -91,8 +91,6 @@ def quantize_nvfp4(x, block=(1, 16), four_over_six=False, row_scaled=False):
     Raises ValueError on a NaN or an infinity, another block, an empty or a non-float tensor.
     """
     x2d = _as_rows(x)
-    if row_scaled and tuple(block) != (1, 16):
-        raise ValueError(f"quantize_nvfp4: row_scaled is for (1, 16) blocks, not {block}")
     if not torch.isfinite(x2d.float()).all():
         raise ValueError("quantize_nvfp4: the tensor holds a NaN or an infinity")
     y, scales, amax, scale_max = _scale_blocks(_tile(x2d, block), four_over_six, row_scaled)
@@ -144,6 +142,8 @@ def _global_step(amax, scale_max):
 def _scale_blocks(tiles, four_over_six, row_scaled=False):
     """Tiles (a, b, rows, 16) -> (tiles on the code grid within +-6, scales (a, b, 1, 1), amax (),
     or (a, 1, 1, 1) if row_scaled, scale_max); scales are float32 with E4M3 values."""
+    if row_scaled and tiles.shape[2] > 1:
+        raise ValueError("row_scaled is for (1, 16) blocks")
     block_amax = tiles.abs().amax(dim=(2, 3), keepdim=True)
     amax, scale_max = block_amax.max(), E4M3_MAX
     if row_scaled:
@@ -199,13 +199,15 @@ def fake_quantize_nvfp4(x, block=(1, 16), four_over_six=False, row_scaled=False)
     """quantize_nvfp4(x, ...).dequantize(x.dtype) without packing, in few passes over memory.
 
     x: float (..., K); returns its shape and dtype. There is no check for NaN, because reading one
-    back would stall a GPU: a NaN or an infinity anywhere makes the whole result NaN.
+    back would stall a GPU: a NaN or an infinity anywhere makes the whole result NaN (row_scaled:
+    its row).
     """
     x2d = _as_rows(x)
     if tuple(block) == (1, 16) and not four_over_six:
         values, _ = _fake_quantize_rows(x2d, x.dtype, row_scaled, decode=True)
     else:
-        y, scales, amax, scale_max = _scale_blocks(_tile(x2d, block), four_over_six)
+        tiles = _tile(x2d, block)
+        y, scales, amax, scale_max = _scale_blocks(tiles, four_over_six, row_scaled)
         values = _untile(_round_e2m1(y) * (scales * _global_step(amax, scale_max)), x2d.shape)
     return values.to(x.dtype).reshape(x.shape)
 

@@ -37,19 +37,16 @@ def initial_noise(seeds, shape):
 
 
 @torch.no_grad()
-def sample(model, transformer, text, noise, steps, callback=None):
+def sample(model, transformer, text, noise, steps):
     """x_0 (n, c, h, w) float32 from noise like it, by the model's solver.
 
-    text: models.Text of n rows, on the transformer's device. callback(i, t, x_t), if given, sees
-    every state before its step. The same noise gives what the family's own diffusers pipeline
-    gives.
+    text: models.Text of n rows, on the transformer's device. The same noise gives what the family's
+    own diffusers pipeline gives.
     """
     scheduler = model.scheduler(steps)
     x = noise.to(text.embeds.device)
-    for i, timestep in enumerate(scheduler.timesteps):
+    for timestep in scheduler.timesteps:
         t = timestep.double() / 1000  # so that 1000 t is the very timestep, and an integer if it is
-        if callback:
-            callback(i, t, x)
         v = model.velocity(transformer, x, t.expand(len(x)), text)
         x = scheduler.step(v, timestep, x, return_dict=False)[0]
     return x
@@ -60,13 +57,9 @@ def sampling_times(model, steps):
     return model.scheduler(steps).timesteps.float() / 1000
 
 
-def draw(model, transformer, text, seeds, steps, micro_batch):
-    """Draw one prompt's candidates; yields (latents, images) a micro-batch, so that a caller that
-    keeps only scores needs memory for one micro-batch, however large the pool.
-
-    text: models.Text of one row. images: float32 (m, 3, H, W) in [0, 1].
-    """
-    for start in range(0, len(seeds), micro_batch):
-        noise = initial_noise(seeds[start : start + micro_batch], model.latent_shape)
-        latents = sample(model, transformer, text.take([0] * len(noise)), noise, steps)
-        yield latents, model.decode(latents)
+def draw(model, transformer, text, seeds, steps):
+    """Draw a micro-batch of one prompt's candidates: (latents float32 (n, c, h, w), images float32
+    (n, 3, H, W) in [0, 1]). text: models.Text of one row."""
+    noise = initial_noise(seeds, model.latent_shape)
+    latents = sample(model, transformer, text.take([0] * len(noise)), noise, steps)
+    return latents, model.decode(latents)

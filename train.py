@@ -171,36 +171,35 @@ class Candidates:
 
 def rollout(run, stage, transformer, row, seeds):
     """Draw the candidates `seeds` of training prompt `row` and score them; stage "explore" or
-    "regenerate" says with how many steps, and where the time is booked."""
+    "regenerate" says with how many steps, and where the time is booked. The transformer must be
+    the policy that is to draw."""
     c, text = run.config, run.train.text.take(row).to(run.config.device)
-    proxy = stage == "explore" and FAMILIES[c.family].regenerate
+    explore, family = stage == "explore", FAMILIES[c.family]
+    proxy = explore and family.regenerate
     steps = c.explore_steps if proxy else c.rollout_steps
-    pieces = draw(run.model, transformer, text, seeds, steps, c.micro_batch)
+    precision = c.precision if explore and family.quantized else "bf16"
+    about = dict(stage=stage, prompt=run.train.prompts[row], precision=precision)
     seed_globals(seeds[0])
-    rewards, scores, latents, shown = [], [], [], {}
-    while True:
-        with run.clock(stage):
-            piece = next(pieces, None)
-        if piece is None:
-            break
+    rewards, scores, kept, shown = [], [], [], {}
+    for start in range(0, len(seeds), c.micro_batch):  # a pool needs the memory of one of these
         run.stop.check()
-        here = seeds[len(rewards) :]
-        precision = c.precision if stage == "explore" and FAMILIES[c.family].quantized else "bf16"
-        about = dict(stage=stage, prompt=run.train.prompts[row], precision=precision)
-        check_finite("latents", piece[0], here, **about)
-        check_finite("images", piece[1], here, **about)
-        shown |= {len(rewards) + i: image.cpu() for i, image in enumerate(piece[1])}
+        here = seeds[start : start + c.micro_batch]
+        with run.clock(stage):
+            latents, images = draw(run.model, transformer, text, here, steps)
+        check_finite("latents", latents, here, **about)
+        check_finite("images", images, here, **about)
         try:
-            scores.append(run.score(piece[1], run.train, [row] * len(piece[1])))
+            scores.append(run.score(images, run.train, [row] * len(here)))
         except NonFiniteScores as error:
             check_finite(error.name, error.scores, here, **about)
         rewards += scores[-1]["weighted_sum"].tolist()
         if not proxy:
-            latents.append(piece[0].cpu())
-        if stage == "explore":  # of the pool's images only those in the picture stay
+            kept.append(latents.cpu())
+        shown |= {start + i: image.cpu() for i, image in enumerate(images)}
+        if explore:  # of the pool's images only those in the picture stay
             order = sorted(shown, key=lambda i: -rewards[i])
             shown = {i: shown[i] for i in order[:4] + order[-4:]}
-    return Candidates(joined(scores), None if proxy else torch.cat(latents), shown)
+    return Candidates(joined(scores), None if proxy else torch.cat(kept), shown)
 
 
 class NonFinite(FloatingPointError):

@@ -462,7 +462,7 @@ def broken(run, where):
         return nan(v) if torch.is_grad_enabled() else v
 
     return {
-        "latents": (train, "draw", lambda *a: ((nan(x), y) for x, y in draw(*a))),
+        "latents": (train, "draw", lambda *a: (nan(draw(*a)[0]), draw(*a)[1])),
         "images": (model, "decode", lambda x: nan(decode(x))),
         "reward": (run.reward, "parts", [("bad", 1.0, lambda i, p, m: [float("inf")] * len(p))]),
         "velocity": (model, "velocity", only_with_gradient),

@@ -150,8 +150,12 @@ def test_a_row_scaled_row_is_what_it_is_alone():
         assert torch.equal(whole.dequantize()[i], alone.dequantize()[0])
     assert torch.equal(quant.fake_quantize_nvfp4(x, row_scaled=True), whole.dequantize())
     assert not torch.equal(quant.fake_quantize_nvfp4(x), whole.dequantize())
-    with pytest.raises(ValueError, match="row_scaled"):
-        quant.quantize_nvfp4(x, (16, 16), row_scaled=True)
+    for quantize in (quant.quantize_nvfp4, quant.fake_quantize_nvfp4):
+        with pytest.raises(ValueError, match="row_scaled"):
+            quantize(x, (16, 16), row_scaled=True)
+    both = dict(four_over_six=True, row_scaled=True)
+    slow, fast = quant.quantize_nvfp4(x, **both), quant.fake_quantize_nvfp4(x, **both)
+    assert torch.equal(fast, slow.dequantize())
 
 
 def fp8(x):
