@@ -36,6 +36,8 @@ from matplotlib import pyplot as plt  # noqa: E402  the backend comes first
 
 SHOWN = ("time/explore", "time/regenerate", "time/reward", "time/train")  # in a step's line
 
+EVALUATED = ("step", "eval/", "time/evaluate")  # in the line of an evaluation
+
 
 class Report:
     """The run's folder and console, written by the first of the run's processes alone. Creating one
@@ -114,6 +116,9 @@ class Report:
         mean, error = mean_and_error(rewards)
         line = {f"eval/{name}": statistics.mean(values) for name, values in scores.items()}
         line |= {"eval/reward": mean, "eval/standard_error": error}
+        seconds = self.run.clock.seconds["evaluate"]
+        line["time/evaluate"] = seconds - self.spent["evaluate"]
+        self.spent["evaluate"] = seconds
         text = f"step {step:4d}  held-out reward {mean:.4f} +- {error:.4f}"
         if self.evaluations:
             first = self.evaluations[0]["eval/rewards"]
@@ -145,8 +150,8 @@ class Report:
 
     def _log(self, step, metrics):
         seconds = self.run.clock.seconds
-        metrics |= {f"time/{k}": seconds[k] - self.spent[k] for k in seconds}
-        self.spent = dict(seconds)
+        metrics |= {f"time/{k}": seconds[k] - self.spent[k] for k in seconds if k != "evaluate"}
+        self.spent = seconds | {"evaluate": self.spent["evaluate"]}
         self.history.append({"step": step} | metrics)
         self._write_history()
         self.bar.update()
@@ -169,7 +174,7 @@ class Report:
         for line in checkpoint.lines:
             line = {k: math.nan if v is None else v for k, v in line.items()}
             if "eval/reward" in line:
-                evaluation = {k: v for k, v in line.items() if k.startswith(("step", "eval/"))}
+                evaluation = {k: v for k, v in line.items() if k.startswith(EVALUATED)}
                 self.evaluations.append(evaluation)
             if line["step"]:
                 self.history.append(line)
@@ -234,7 +239,7 @@ class Report:
             [line["step"] for line in taken],
             [line["reward/mean"] for line in taken],
             alpha=0.5,
-            label="candidates trained on",
+            label="kept candidates, best and worst",
         )
         first.set(ylabel="reward", title=self.config.reward)
         first.legend()
@@ -299,9 +304,10 @@ class Report:
         )
 
     def nonfinite(self, step, error):
-        """Say what was not finite and keep it in nonfinite/, with what draws it again."""
+        """Say what was not finite after `step` steps and keep it in nonfinite/, with its seed."""
         if distributed.RANK > 0:
             return
+        step += error.stage != "evaluate"  # of the step that was to come
         path = self.folder / "nonfinite" / f"step_{step:06d}.safetensors"
         path.parent.mkdir(exist_ok=True)
         names = ("what", "value", "stage", "prompt", "seed", "precision")
@@ -313,8 +319,17 @@ class Report:
 
     def stopped(self, path, *more):
         """Say what continues the run, with more options if it takes them."""
-        say(f"stopped after {len(self.history)} steps; wrote {path}")
+        say(f"stopped after {len(self.history)} steps; the last checkpoint is {path}")
         say(" ".join(["continue with:", resuming(self.config), *more]))
+
+    def given_up(self, found, stage):
+        """Say what may help a run that a NaN ended; found: its checkpoints, which are as they were,
+        because what the policy has become since may be what is wrong."""
+        lower = "--force learning_rate --learning_rate LOWER"
+        if found:
+            self.stopped(found[-1][1], lower if stage == "evaluate" else "--on_nonfinite skip")
+        else:
+            say("there is no checkpoint yet: start again, with other options")
 
 
 def mean_and_error(values):

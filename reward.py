@@ -414,8 +414,8 @@ class Reward:
         metadata = metadata or [{} for _ in prompts]
         found = {name: _scores(name, f, images, prompts, metadata) for name, _, f in self.parts}
         total = sum(w * found[name] for name, w, _ in self.parts)
-        if not torch.isfinite(total).all():
-            raise RewardError(f"the weighted sum of {', '.join(found)} is not a finite number")
+        for i in (~torch.isfinite(total)).nonzero()[:1, 0].tolist():
+            raise NonFiniteScores("weighted_sum", total, prompts[i])
         return found | {"weighted_sum": total}
 
     def z_scored_sum(self, scores):

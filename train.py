@@ -178,7 +178,7 @@ def rollout(run, stage, transformer, row, seeds):
     proxy = explore and family.regenerate
     steps = c.explore_steps if proxy else c.rollout_steps
     precision = c.precision if explore and family.quantized else "bf16"
-    about = dict(stage=stage, prompt=run.train.prompts[row], precision=precision)
+    about = dict(stage=stage, precision=precision)
     seed_globals(seeds[0])
     rewards, scores, kept, shown = [], [], [], {}
     for start in range(0, len(seeds), c.micro_batch):  # a pool needs the memory of one of these
@@ -186,12 +186,8 @@ def rollout(run, stage, transformer, row, seeds):
         here = seeds[start : start + c.micro_batch]
         with run.clock(stage):
             latents, images = draw(run.model, transformer, text, here, steps)
-        check_finite("latents", latents, here, **about)
-        check_finite("images", images, here, **about)
-        try:
-            scores.append(run.score(images, run.train, [row] * len(here)))
-        except NonFiniteScores as error:
-            check_finite(error.name, error.scores, here, **about)
+        check_finite("latents", latents, here, [run.train.prompts[row]] * len(here), **about)
+        scores.append(finite_scores(run, images, run.train, [row] * len(here), here, **about))
         rewards += scores[-1]["weighted_sum"].tolist()
         if not proxy:
             kept.append(latents.cpu())
@@ -203,20 +199,36 @@ def rollout(run, stage, transformer, row, seeds):
 
 
 class NonFinite(FloatingPointError):
-    """A NaN or an infinity before the optimizer moved: what it is in, and whose it is."""
+    """A NaN or an infinity before the optimizer moved: what it is in, and whose it is. The seed is
+    a candidate's; in the update that of the noise, or of the first noise of the micro-batch."""
+
+    @property
+    def stage(self):
+        return self.args[2]
 
     def __str__(self):
         what, _, stage, prompt, seed, precision = self.args
-        where = f"{stage} in {precision}, prompt {prompt!r}, seed {seed}"
-        return f"NaN or infinity in the {what}, {where}"
+        seed = f"{'noise ' if stage == 'update' else ''}seed {seed}"
+        return f"NaN or infinity in the {what}, {stage} in {precision}, prompt {prompt!r}, {seed}"
 
 
-def check_finite(what, tensor, seeds, stage, prompt, precision):
+def check_finite(what, tensor, seeds, prompts, stage, precision):
     """Raise NonFinite for the first of a batch's samples (n, ...) that holds a NaN or infinity."""
     bad = (~torch.isfinite(tensor)).reshape(len(tensor), -1).any(dim=1).nonzero()
     if len(bad):
-        value = tensor[bad[0, 0]].detach().cpu()
-        distributed.fail(NonFinite(what, value, stage, prompt, seeds[bad[0, 0]], precision))
+        i = int(bad[0, 0])
+        value = tensor[i].detach().cpu()
+        distributed.fail(NonFinite(what, value, stage, prompts[i], seeds[i], precision))
+
+
+def finite_scores(run, images, prompts, rows, seeds, stage, precision):
+    """Scores {reward: (n,)} of images of these rows of Prompts. Raises NonFinite."""
+    of = dict(seeds=seeds, prompts=[prompts.prompts[row] for row in rows])
+    check_finite("images", images, **of, stage=stage, precision=precision)
+    try:
+        return run.score(images, prompts, rows, evaluation=stage == "evaluate")
+    except NonFiniteScores as error:
+        check_finite(error.name, error.scores, **of, stage=stage, precision=precision)
 
 
 def joined(scores):
@@ -240,7 +252,8 @@ def update(run, x_0, rows, advantages, step):
     gradient = torch.zeros(sum(sizes), dtype=torch.float64, device=c.device)
     metrics = []
     for samples, place in zip(x_0, distributed.mine(range(len(rows)))):
-        about = dict(stage="update", prompt=run.train.prompts[rows[place]], precision="bf16")
+        prompts = [run.train.prompts[rows[place]]] * c.micro_batch
+        about = dict(prompts=prompts, stage="update", precision="bf16")
         metrics.append({})
         for part in torch.arange(c.keep).split(c.micro_batch):
             run.stop.check()
@@ -263,10 +276,10 @@ def update(run, x_0, rows, advantages, step):
                 check_finite("velocity", v, here, **about)
                 check_finite("loss", loss[None], here, **about)
                 (loss * share).backward()
+                norm = torch.nn.utils.get_total_norm([p.grad for p in policy])
+                check_finite("gradient", norm[None], here, **about)
                 for name, value in found.items():
                     metrics[-1][name] = metrics[-1].get(name, 0.0) + float(value) * share
-        norm = torch.nn.utils.get_total_norm([p.grad for p in policy])
-        check_finite("gradient", norm[None], here, **about)
         gradient += torch.cat([p.grad.flatten() for p in policy])
         run.optimizer.zero_grad()
     metrics = distributed.gather(metrics)
@@ -313,7 +326,8 @@ class Clock:
 
     def __init__(self, device):
         self.device = torch.device(device)
-        self.seconds = dict.fromkeys(("explore", "select", "regenerate", "reward", "train"), 0.0)
+        stages = "explore select regenerate reward train evaluate".split()
+        self.seconds = dict.fromkeys(stages, 0.0)
 
     @contextlib.contextmanager
     def __call__(self, stage):
@@ -404,7 +418,7 @@ class Run:
     def score(self, images, prompts, rows, evaluation=False):
         """Scores {reward: (n,)} of images of these rows; in evaluation of --eval_rewards too."""
         said = [prompts.prompts[i] for i in rows], [prompts.metadata[i] for i in rows]
-        with self.clock("reward"):
+        with self.clock("evaluate" if evaluation else "reward"):
             scores = self.reward.scores(images, *said)
             if evaluation and self.eval_rewards:
                 scores = self.eval_rewards.scores(images, *said) | scores
@@ -422,12 +436,14 @@ def evaluate(run):
         for i in distributed.mine(range(0, len(rows), c.micro_batch)):
             run.stop.check()
             seed_globals(seeds[i])
-            part, noise = rows[i : i + c.micro_batch], seeds[i : i + c.micro_batch]
-            noise = initial_noise(noise, run.model.latent_shape)
-            text = run.held_out.text.take(part).to(c.device)
-            x_0 = sample(run.model, ema, text, noise, c.eval_steps)
-            images = run.model.decode(x_0)
-            scores.append(run.score(images, run.held_out, part, evaluation=True))
+            part, here = rows[i : i + c.micro_batch], seeds[i : i + c.micro_batch]
+            with run.clock("evaluate"):
+                noise = initial_noise(here, run.model.latent_shape)
+                text = run.held_out.text.take(part).to(c.device)
+                x_0 = sample(run.model, ema, text, noise, c.eval_steps)
+                images = run.model.decode(x_0)
+            about = dict(stage="evaluate", precision="bf16")
+            scores.append(finite_scores(run, images, run.held_out, part, here, **about))
     scores = joined(distributed.gather(scores))
     return {k: v.reshape(n, -1).mean(dim=1).tolist() for k, v in scores.items()}
 
@@ -447,21 +463,20 @@ def train(config):
         try:
             while True:
                 last = done == c.steps
-                if (done % c.eval_every == 0 or last) and not report.is_evaluated(done):
-                    report.evaluated(done, evaluate(run))
-                if done % c.checkpoint_every == 0 or last:
-                    checkpoint.save(run, report.log(), done)
-                if last:
-                    report.finish()
-                    return 0
                 try:
+                    if (done % c.eval_every == 0 or last) and not report.is_evaluated(done):
+                        report.evaluated(done, evaluate(run))
+                    if done % c.checkpoint_every == 0 or last:
+                        checkpoint.save(run, report.log(), done)
+                    if last:
+                        report.finish()
+                        return 0
                     metrics, picture = iteration(run, done)
                 except NonFinite as error:
                     run.optimizer.zero_grad()
-                    report.nonfinite(done + 1, error)
-                    if c.on_nonfinite == "stop":
-                        path = checkpoint.save(run, report.log(), done)
-                        report.stopped(path, "--on_nonfinite skip")
+                    report.nonfinite(done, error)
+                    if c.on_nonfinite == "stop" or error.stage == "evaluate":
+                        report.given_up(checkpoint.found(c.output_dir), error.stage)
                         return 1
                     done += 1
                     report.skipped(done)
@@ -488,8 +503,11 @@ def main(argv=None):
         ended, code, line = error, 1, str(error)
     except (*BAD_INPUT, OSError, SafetensorError) as error:
         ended, code, line = error, 2, f"error: {(str(error).splitlines() or [repr(error)])[0]}"
-    except torch.OutOfMemoryError as error:
-        about = str(error).split(". ")[0]
+    except (MemoryError, RuntimeError) as error:  # of the CPU torch raises a plain one
+        short = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not short and "can't allocate memory" not in str(error):
+            raise
+        about = str(error).split(". ")[0] or "out of memory"
         ended, code, line = error, 1, f"{about}; lower --micro_batch or --resolution"
     except KeyboardInterrupt as error:
         ended, code, line = error, 130, "left at once; the last checkpoint, if any, is whole"
