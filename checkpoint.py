@@ -2,7 +2,7 @@
 
     checkpoints/step_000010/
         state.safetensors   the three adapters and AdamW's state
-        run.json            step, options, a fingerprint of the prompts
+        run.json            step, options, fingerprints of prompts, rewards' files and base model
         metrics.jsonl       the log so far
         manifest.json       size and SHA-256 of these three
 
@@ -19,6 +19,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -36,7 +37,7 @@ import models
 from reward import RewardError
 
 FILES = ("state.safetensors", "run.json", "metrics.jsonl")
-LARGEST = {"state.safetensors": 2**40, "metrics.jsonl": 2**28}  # bytes
+LARGEST = {"state.safetensors": 2**36, "metrics.jsonl": 2**28}  # bytes
 LARGEST_JSON = 2**24  # of the other two and of a line of metrics.jsonl
 EVALUATION = {"eval/reward", "eval/rewards", "eval/standard_error"}  # and, after step 0, GAIN
 GAIN = {"eval/gain", "eval/gain_standard_error"}
@@ -75,10 +76,24 @@ def _step(path):
     return int(path.stem[5:])
 
 
-def fingerprint(*parts):
+def prompts_fingerprint(*parts):
     """A hash of the prompts and metadata of training and held-out Prompts."""
-    text = json.dumps([[part.prompts, part.metadata] for part in parts], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return _text_hash([[part.prompts, part.metadata] for part in parts])
+
+
+def rewards_fingerprint(*specs):
+    """A hash of the files that specs of rewards name."""
+    files = re.findall(r"([^,]+[.]py):", ",".join(specs))
+    return _text_hash([_hash(name.strip()) for name in files])
+
+
+def base_fingerprint(transformer):
+    """A hash of the first numbers of every parameter."""
+    return _text_hash([p.flatten()[:16].tolist() for p in transformer.parameters()])
+
+
+def _text_hash(what):
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -150,7 +165,7 @@ def save(run, log, step):
         about = {
             "step": step,
             "options": dataclasses.asdict(run.config),
-            "prompts": fingerprint(run.train, run.held_out),
+            "fingerprints": run.fingerprints,
         }
         (unfinished / FILES[1]).write_text(json.dumps(about))
         (unfinished / FILES[2]).write_text(log)
@@ -221,6 +236,8 @@ def read(path):
         about = json.loads((path / "run.json").read_text(encoding="utf-8"))
         if about["step"] != _step(path) or not isinstance(about["options"], dict):
             raise CheckpointError("run.json is of another checkpoint")
+        if not isinstance(about["fingerprints"], dict):
+            raise CheckpointError("run.json has no fingerprints")
         with open(path / "metrics.jsonl", encoding="utf-8") as file:
             lines = []
             while text := file.readline(LARGEST_JSON):
@@ -244,12 +261,12 @@ def _line(text, step):
     line = json.loads(text)
     for name, value in line.items():
         several = name == "eval/rewards" and isinstance(value, list) and value
-        for number in value if several else [value]:
-            if number is not None and not isinstance(number, (int, float)):
-                raise CheckpointError(f"metrics.jsonl has no number for {name}")
-            float(number or 0)
         if name == "eval/rewards" and not several:
             raise CheckpointError(f"metrics.jsonl has no list for {name}")
+        for number in value if several else [value]:
+            empty = number is None and not several  # what was nan
+            if not empty and not (isinstance(number, (int, float)) and math.isfinite(number)):
+                raise CheckpointError(f"metrics.jsonl has no number for {name}")
     if line["step"] != step:
         raise CheckpointError("metrics.jsonl is of another checkpoint")
     wanted = EVALUATION | (GAIN if step else set())

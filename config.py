@@ -164,7 +164,8 @@ def parse(argv, description=None):
     else:
         config = Config(**(defaults(given.get("model", "sana"), given.get("pretrained")) | given))
     if not config.output_dir:
-        config.output_dir = f"runs/{config.model}_{config.family}_{time.strftime('%m%d-%H%M%S')}"
+        now = time.strftime("%m%d-%H%M%S") + f"{time.time() % 1:.3f}"[1:]  # for starts in a loop
+        config.output_dir = f"runs/{config.model}_{config.family}_{now}"
     _check(config)
     return config
 
@@ -190,7 +191,9 @@ def command(config):
 def resuming(config):
     """The command line that continues a run. It names a reward's file, which is executed: what a
     checkpoint alone names is not."""
-    words = [f"python train.py --resume {shlex.quote(config.output_dir)}"]
+    start = f"torchrun --nproc_per_node={distributed.LOCAL_WORLD}"
+    start = start if distributed.WORLD > 1 else "python"
+    words = [f"{start} train.py --resume {shlex.quote(config.output_dir)}"]
     for name in ("reward", "eval_rewards"):
         if ".py:" in getattr(config, name):
             words.append(f"--{name} {shlex.quote(getattr(config, name))}")
@@ -203,11 +206,14 @@ def _resumed_config(given):
     if not folder:
         raise OptionError("--resume '': give a run's folder, or latest")
     if folder == "latest":
-        runs = [(path.stat().st_mtime, path) for path in Path("runs").glob("*/checkpoints")]
+        runs = [path for path in Path("runs").glob("*") if checkpoint.found(path)]
         if not runs:
             raise OptionError("--resume latest: there is no run with checkpoints in runs/")
-        folder = str(max(runs)[1].parent)
+        folder = str(max(runs, key=lambda path: checkpoint.found(path)[-1][1].stat().st_mtime))
     about = f"--resume {folder}"
+    for name in ("checkpoints", "images", "lora", "nonfinite"):
+        if Path(folder, name).is_symlink():
+            raise OptionError(f"{about}: its {name} is a link; nothing is written through one")
     try:  # the first process chooses for all
         found = checkpoint.newest(folder) if distributed.RANK == 0 else None
     except checkpoint.CheckpointError as error:
@@ -229,7 +235,7 @@ def _resumed_config(given):
                 f"{about}: the run executes a file; if you trust it, say so by "
                 f"--{name} {saved[name]}"
             )
-    if given.get("output_dir", folder) != folder:
+    if Path(given.get("output_dir", folder)) != Path(folder):
         raise OptionError(
             f"--output_dir {given['output_dir']}: a run goes on in its folder {folder}"
         )
@@ -248,35 +254,33 @@ def _resumed_config(given):
         raise OptionError(f"{about}: {each}; {advice}")
     config = Config(**saved | changed)
     config.resume = config.output_dir = folder
-    config.checkpoint = found
+    config.force, config.checkpoint = given.get("force", ""), found
     if found.about["step"] > config.steps:
         raise OptionError(f"{about}: it has done {found.about['step']} steps; give more --steps")
     return config
 
 
 def _check(c):
+    ranges = dict(resolution=(1, 2**14), lora_rank=(1, 2**12), seed=(0, 2**63 - 1))
+    ranges |= dict(min_dim=(0, 999_999), kl=(0, 1e30))
     counts = "steps prompts_per_step pool keep explore_steps rollout_steps eval_steps eval_every"
-    counts += " checkpoint_every keep_checkpoints"
-    for name in f"resolution {counts} eval_images micro_batch lora_rank".split():
-        most = {"resolution": 2**14, "lora_rank": 2**12}.get(name, 999_999)
-        if not 1 <= getattr(c, name) <= most:
-            raise OptionError(f"--{name} {getattr(c, name)}: must be in 1 to {most}")
+    counts += " checkpoint_every keep_checkpoints eval_images micro_batch"
+    for name, (low, high) in (ranges | dict.fromkeys(counts.split(), (1, 999_999))).items():
+        if not low <= getattr(c, name) <= high:
+            raise OptionError(f"--{name} {getattr(c, name)}: must be in {low} to {high}")
+    for name in ("learning_rate", "max_grad_norm", "nft_beta", "adv_clip", "timestep_fraction"):
+        most = 1 if name == "timestep_fraction" else 1e30
+        if not 0 < getattr(c, name) <= most:
+            raise OptionError(f"--{name} {getattr(c, name)}: must be above 0 and at most {most}")
+    if not 0 <= c.ema_decay < 1:
+        raise OptionError(f"--ema_decay {c.ema_decay}: must be at least 0 and below 1")
     for name, value in dataclasses.asdict(c).items():
-        if isinstance(value, str) and "\0" in value:
+        if isinstance(value, str) and not _is_text(value):
             raise OptionError(f"--{name} {value!r}: holds a character that nothing may hold")
     if c.keep < 2 or c.keep % 2:
         raise OptionError(f"--keep {c.keep}: must be even and at least 2, half best and half worst")
     if c.keep > c.pool and FAMILIES[c.family].explore:
         raise OptionError(f"--keep {c.keep}: more than --pool {c.pool}")
-    for name in ("learning_rate", "max_grad_norm", "nft_beta", "adv_clip", "timestep_fraction"):
-        if not 0 < getattr(c, name) < float("inf"):
-            raise OptionError(f"--{name} {getattr(c, name)}: must be a number above 0")
-    if c.timestep_fraction > 1:
-        raise OptionError(f"--timestep_fraction {c.timestep_fraction}: must be at most 1")
-    if not 0 <= c.ema_decay < 1 or not 0 <= c.kl < float("inf"):
-        raise OptionError(f"--ema_decay {c.ema_decay} must be in [0, 1), --kl {c.kl} at least 0")
-    if not 0 <= c.seed < 2**63 or c.min_dim < 0:
-        raise OptionError(f"--seed {c.seed}, --min_dim {c.min_dim}: must be in 0 to 2^63 - 1")
     if c.prompts_per_step < distributed.WORLD:
         raise OptionError(
             f"--prompts_per_step {c.prompts_per_step}: fewer than the {distributed.WORLD} "
@@ -317,18 +321,30 @@ def _check(c):
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise OptionError(f"--output_dir {out}: cannot write in {above}; choose another")
     if not c.resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise OptionError(f"--output_dir {out} is taken; choose another, or --resume {out}")
+        advice = f"--resume {out}" if checkpoint.found(out) else "delete it"
+        raise OptionError(f"--output_dir {out} is taken; choose another, or {advice}")
 
 
-def read_prompts(path):
+def _is_text(text):
+    """Whether files, tokenizers and the console can take it: no zero byte, no half of a pair."""
+    return not any(letter == "\0" or "\ud800" <= letter <= "\udfff" for letter in text)
+
+
+def read_prompts(path, option="--prompts"):
     """A prompts file -> (prompts, their metadata dicts, what there is to say about them). A line
-    that repeats prompt and metadata of another is left out; a prompt may come with others."""
+    that repeats prompt and metadata of another is left out; a prompt may come with others.
+    option: the name that errors call it by."""
+    about = f"{option} {path}"
     try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise OptionError(f"{about}: not a file")
+        if os.stat(path).st_size > 2**28:
+            raise OptionError(f"{about}: larger than 256 MB, which prompts are not")
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
-        raise OptionError(f"--prompts {path}: not UTF-8 (byte {error.start})") from error
+        raise OptionError(f"{about}: not UTF-8 (byte {error.start})") from error
     except OSError as error:
-        raise OptionError(f"--prompts {path}: {error.strerror}") from error
+        raise OptionError(f"{about}: {error.strerror}") from error
     found, repeated = {}, 0
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -340,15 +356,15 @@ def read_prompts(path):
                 prompt = metadata.pop("prompt")
             except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
                 raise OptionError(
-                    f"--prompts {path}, line {number}: not a JSON object with 'prompt'"
+                    f"{about}, line {number}: not a JSON object with 'prompt'"
                 ) from error
-            if not isinstance(prompt, str) or not prompt.strip():
-                raise OptionError(f"--prompts {path}, line {number}: 'prompt' is not a text")
+            if not isinstance(prompt, str) or not prompt.strip() or not _is_text(prompt):
+                raise OptionError(f"{about}, line {number}: 'prompt' is not a text")
         key = prompt, json.dumps(metadata, sort_keys=True)
         repeated += key in found
         found[key] = metadata
     if not found:
-        raise OptionError(f"--prompts {path}: no prompt in it")
+        raise OptionError(f"{about}: no prompt in it")
     note = [f"{path}: {repeated} repeated lines are used once"] if repeated else []
     return [prompt for prompt, _ in found], list(found.values()), note
 
@@ -365,7 +381,7 @@ class Prompts:
 def split_prompts(config):
     """(training Prompts, held-out Prompts, what there is to say about them).
 
-    The tiny world's own, or a file's: of that every tenth prompt, at most about 64, is held out
+    The tiny world's own, or a file's: of that every tenth prompt, at most 64 of them, is held out
     unless --eval_prompts is given, and a file of one prompt serves as both. Raises OptionError,
     also where a step needs more training prompts than there are.
     """
@@ -389,7 +405,7 @@ def split_prompts(config):
             Prompts(p, [{} for _ in p]) for p in (tiny.TRAIN_PROMPTS, tiny.HELD_OUT_PROMPTS)
         )
     if config.eval_prompts:
-        prompts, metadata, more = read_prompts(config.eval_prompts)
+        prompts, metadata, more = read_prompts(config.eval_prompts, "--eval_prompts")
         held_out, notes = Prompts(prompts, metadata), notes + more
     both = len(set(train.prompts) & set(held_out.prompts))
     if both:

@@ -21,9 +21,10 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-RANK = int(os.environ.get("RANK", 0))  # torchrun sets these three
+RANK = int(os.environ.get("RANK", 0))  # torchrun sets these four
 WORLD = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+LOCAL_WORLD = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 TIMEOUT = timedelta(minutes=30)  # how long ranks wait for one that downloads, pretrains or hangs
 
 

@@ -456,11 +456,14 @@ def save_lora(model, adapter, folder):
     """Write folder/pytorch_lora_weights.safetensors, which diffusers' pipelines load."""
     transformer, name = model.transformer, "pytorch_lora_weights.safetensors"
     unfinished = folder / f"unfinished.{name}"
+    unfinished.unlink(missing_ok=True)  # were it a link, writing would follow it
+    about = transformer.peft_config[adapter].to_dict()
+    about["target_modules"] = sorted(about["target_modules"])  # a set, in any order
     try:
         model.pipeline.save_lora_weights(
             folder,
             transformer_lora_layers=get_peft_model_state_dict(transformer, adapter_name=adapter),
-            transformer_lora_adapter_metadata=transformer.peft_config[adapter].to_dict(),
+            transformer_lora_adapter_metadata=about,
             weight_name=unfinished.name,
         )
         os.replace(unfinished, folder / name)

@@ -10,6 +10,7 @@ checkpoints/    what --resume continues from
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import math
 import os
@@ -28,29 +29,25 @@ from tqdm import tqdm
 import distributed
 import models
 import quant
-from config import FAMILIES, command, resuming
+from config import FAMILIES, OptionError, command, resuming
 from distributed import say
 
 matplotlib.use("agg")
 from matplotlib import pyplot as plt  # noqa: E402  the backend comes first
 
 SHOWN = ("time/explore", "time/regenerate", "time/reward", "time/train")  # in a step's line
-
 EVALUATED = ("step", "eval/", "time/evaluate")  # in the line of an evaluation
 
 
 class Report:
-    """The run's folder and console, written by the first of the run's processes alone. Creating one
-    creates the folder."""
+    """The run's folder and console, written by the first of the run's processes alone."""
 
     def __init__(self, run):
         self.run, self.config = run, run.config
         self.folder = Path(self.config.output_dir)
         self.history, self.evaluations, self.started = [], [], time.perf_counter()
-        self.bar = None
+        self.bar, self.close_tracker = None, lambda: None
         self.spent = dict(run.clock.seconds)
-        if distributed.RANK == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
         self._header()
         self.tracker = self._tracker()
 
@@ -60,6 +57,7 @@ class Report:
     def __exit__(self, *_):
         if self.bar:
             self.bar.close()
+        self.close_tracker()
 
     def begin(self, done):
         """Show how far the run is."""
@@ -103,10 +101,13 @@ class Report:
             from torch.utils.tensorboard import SummaryWriter
 
             writer = SummaryWriter(self.folder)
+            self.close_tracker = writer.close
             return lambda step, m: [writer.add_scalar(k, v, step) for k, v in m.items()]
         import wandb
 
-        wandb.init(project="sol-rl", config=dataclasses.asdict(self.config))
+        about = dict(id=self.folder.name, resume="allow", config=dataclasses.asdict(self.config))
+        wandb.init(project="sol-rl", **about)
+        self.close_tracker = wandb.finish
         return lambda step, m: wandb.log(m, step=step)
 
     def evaluated(self, step, scores):
@@ -339,9 +340,37 @@ def mean_and_error(values):
 
 
 @contextlib.contextmanager
+def alone(config):
+    """Create the run's folder; inside, no other run can be in it. Raises OptionError."""
+    if distributed.RANK > 0:
+        yield
+        return
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            taken = not config.resume and any(folder.iterdir())  # by one that started meanwhile
+        except BlockingIOError:
+            taken = True
+        except OSError as error:
+            say(f"{folder} cannot be locked ({error.strerror}): start no second run in it")
+            taken = False
+        if taken:
+            raise OptionError(
+                f"--output_dir {folder}: another run is in it; wait or choose another"
+            )
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
 def _unfinished(path):
     """A name beside `path` to write it under: it then takes its place, or nothing is left of it."""
     temporary = path.with_name(f"unfinished.{path.name}")
+    temporary.unlink(missing_ok=True)  # were it a link, writing would follow it
     try:
         yield temporary
         os.replace(temporary, path)

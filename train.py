@@ -36,7 +36,7 @@ import distributed
 import models
 from config import FAMILIES, OptionError, parse, resuming, split_prompts
 from engine import EngineError
-from report import Report
+from report import Report, alone
 from reward import NonFiniteScores, RewardError, build_reward, read_spec
 from rollout import candidate_seeds, draw, initial_noise, sample, sampling_times, seed_globals
 
@@ -349,9 +349,12 @@ class Run:
             if name in trained_on:
                 raise RewardError(f"--eval_rewards {name}: trained on, and so measured anyway")
         self.train, self.held_out, self.notes = split_prompts(c)
-        prompts = checkpoint.fingerprint(self.train, self.held_out)
-        if c.resume and c.checkpoint.about["prompts"] != prompts:
-            raise checkpoint.CheckpointError(f"--resume {c.resume}: the run had other prompts")
+        self.fingerprints = {}
+        prompts = checkpoint.prompts_fingerprint(self.train, self.held_out)
+        self.as_before("prompts", prompts, "give the file it had, or start a new run")
+        rewards = checkpoint.rewards_fingerprint(c.reward, c.eval_rewards)
+        forced = "reward" in c.force.split(",")
+        self.as_before("reward", rewards, "--force reward goes on with the file as it is", forced)
         folder = models.MODELS[c.model].published if c.pretrained == "published" else c.pretrained
         if folder:
             models.check_pretrained(c.model, folder)
@@ -365,6 +368,8 @@ class Run:
 
                 folder = tiny.ensure(c.model) / c.model
             self.model = models.load(c.model, folder, c.resolution, c.solver, c.device)
+        base = checkpoint.base_fingerprint(self.model.transformer)
+        self.as_before("base model", base, f"its cache or folder ({folder}) must be the one it had")
         self.clock = Clock(c.device)
         for part in (self.train, self.held_out):
             part.text = self.model.encode(part.prompts)
@@ -398,6 +403,16 @@ class Run:
             lr=c.learning_rate,
             weight_decay=1e-4,
         )
+
+    def as_before(self, name, fingerprint, advice, forced=False):
+        """Note what a continued run must find as it was; raises CheckpointError where it does not,
+        unless it is forced."""
+        self.fingerprints[name], c = fingerprint, self.config
+        if c.resume and not forced:
+            if c.checkpoint.about["fingerprints"].get(name) != fingerprint:
+                raise checkpoint.CheckpointError(
+                    f"--resume {c.resume}: the run had another {name}; {advice}"
+                )
 
     def prompts_of(self, step):
         """Rows of the P training prompts of a step: one pass after another over all of them, each
@@ -456,7 +471,7 @@ def train(config):
         checkpoint.load(run, c.checkpoint.path)
     distributed.exchange(None)  # all are ready; nothing is written before
     continuing = checkpoint.resumable(c.output_dir, resuming(c))
-    with checkpoint.Stop() as run.stop, continuing, Report(run) as report:
+    with checkpoint.Stop() as run.stop, continuing, alone(c), Report(run) as report:
         if c.resume:
             done = report.resumed(c.checkpoint)
         report.begin(done)

@@ -317,7 +317,8 @@ HOSTILE = {
         hostile_options(path, reward=str(path / "evil.py") + ":f"),
     ),
     "another step": lambda path, ran: hostile_json(path, step=10**9),
-    "other prompts": lambda path, ran: hostile_json(path, prompts="0"),
+    "other prompts": lambda path, ran: hostile_json(path, fingerprints={"prompts": "0"}),
+    "no fingerprints": lambda path, ran: hostile_json(path, fingerprints=None),
     "a text for a number": lambda path, ran: hostile_lines(
         path, lambda lines: lines[0].update({"eval/reward": "x"})
     ),
@@ -330,6 +331,14 @@ HOSTILE = {
     "a number too large": lambda path, ran: hostile_lines(
         path, lambda lines: lines[1].update({"loss": 10**400})
     ),
+    "no number": lambda path, ran: hostile_lines(
+        path, lambda lines: lines[0]["eval/rewards"].__setitem__(0, None)
+    ),
+    "an infinity": lambda path, ran: hostile_lines(
+        path, lambda lines: lines[0]["eval/rewards"].__setitem__(0, float("inf"))
+    ),
+    "prompts without end": lambda path, ran: hostile_options(path, prompts="/dev/zero"),
+    "a link to elsewhere": lambda path, ran: (path.parents[1] / "lora").symlink_to("/"),
     "half an evaluation": lambda path, ran: hostile_lines(
         path, lambda lines: lines[0].pop("eval/standard_error")
     ),
@@ -351,7 +360,45 @@ def test_a_hostile_checkpoint_is_refused_in_a_line_and_executes_nothing(
     assert before == {p: p.read_bytes() for p in before}
     said = capsys.readouterr().err
     assert said.startswith("train.py: error: ") and said.count("\n") == 1, said
-    assert not (tmp_path / "ran").exists() and not (started / "lora").exists()
+    assert not (tmp_path / "ran").exists() and not (started / "lora" / "README.md").exists()
+
+
+def test_nothing_is_written_through_a_link(started, tmp_path):
+    (tmp_path / "victim").write_text("precious")
+    for name in ("config.json", "metrics.jsonl", "curve.png"):
+        (started / f"unfinished.{name}").symlink_to(tmp_path / "victim")
+    assert resume(started) == 0 and (tmp_path / "victim").read_text() == "precious"
+
+
+def test_two_runs_are_never_in_one_folder(whole, started, tmp_path, monkeypatch, capsys):
+    with train.alone(train.parse([*whole[1], "--output_dir", str(tmp_path / "new")])):
+        (tmp_path / "new" / "x").touch()
+        with monkeypatch.context() as patch:  # both found it empty
+            patch.setattr(Path, "iterdir", lambda path: iter(()))
+            assert train.main([*whole[1], "--output_dir", str(tmp_path / "new")]) == 2
+    assert "another run is in it" in capsys.readouterr().err
+    with train.alone(train.parse(["--resume", str(started), *whole[1][-2:]])):
+        assert resume(started) == 2
+    assert "another run is in it" in capsys.readouterr().err and resume(started) == 0
+
+
+def test_a_rewards_file_that_changed_is_noticed(started, whole, tmp_path, capsys):
+    mine = Path(whole[1][-1].partition(":")[0])
+    text = mine.read_text()
+    try:
+        mine.write_text(text + "# another\n")
+        assert resume(started) == 2
+        assert "had another reward; --force reward goes on" in capsys.readouterr().err
+        assert resume(started, "--force", "reward") == 0
+    finally:
+        mine.write_text(text)
+
+
+def test_a_base_model_that_is_another_is_noticed(started, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "base_fingerprint", lambda transformer: "another")
+        assert resume(started) == 2
+    assert "had another base model" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------
@@ -419,7 +466,7 @@ class Nothing:
     def __init__(self, folder):
         self.config = train.parse(["--output_dir", str(folder) + "_"])
         self.config.output_dir = str(folder)
-        self.train = self.held_out = train.split_prompts(self.config)[0]
+        self.fingerprints = {}
 
 
 @pytest.mark.parametrize("trouble", ["full", "deleted", "reward"])
@@ -516,6 +563,24 @@ def test_nan_stops_the_step_before_the_optimizer_moves_and_says_where(
     else:
         assert [line["step"] for line in log] == [0, 1]
         assert [step for step, _ in checkpoint.found(out)] == [0, 1]
+
+
+def test_nan_in_an_evaluation_ends_the_run_and_leaves_the_checkpoints_before(
+    tmp_path, world, capsys
+):
+    """A gradient that is finite may still ruin the policy."""
+    out = tmp_path / "run"
+    options = "--learning_rate 1e20 --keep_checkpoints 1 --on_nonfinite skip".split()
+    assert train.main([*MINIATURE, *options, "--output_dir", str(out)]) == 1
+    said = capsys.readouterr()
+    assert "NaN or infinity in the images, evaluate in bf16, prompt 'a" in said.err
+    (dump,) = (out / "nonfinite").iterdir()
+    assert not torch.isfinite(load_file(dump)["value"]).all()
+    assert [step for step, _ in checkpoint.found(out)] == [0]
+    forced = "--force learning_rate --learning_rate"
+    assert f"continue with: python train.py --resume {out} {forced} LOWER" in said.out
+    assert train.main(["--resume", str(out), *forced.split(), "0.001"]) == 0
+    assert [line["step"] for line in lines(out)] == [0, 1, 2]
 
 
 def test_a_run_of_which_every_step_was_skipped_goes_on(world, tmp_path, monkeypatch):
