@@ -1,7 +1,7 @@
 """Transformer Engine (TE): matmuls in FP4 or FP8 on hardware that has them.
 
-This is the one place that knows TE and the differences between its versions 2.8 to 2.20. Nobody
-here has run it on such a GPU: what it assumes was read in TE's sources (paths below are inside
+This is the one place that knows TE and the differences between its versions 2.8 to 2.20. It has not
+been run on such a GPU: what it assumes was read in TE's sources (paths below are inside
 `transformer_engine/`), tests drive it with a stand-in that enforces just that (tests/stand_in.py),
 and `quant.self_check` compares the first layer on real hardware with the simulation and stops the
 run if they differ.

@@ -156,6 +156,10 @@ class Model:
         images = torch.cat([self.vae.decode(part, return_dict=False)[0].float() for part in slices])
         return (images / 2 + 0.5).clamp(0, 1)
 
+    def call(self):
+        """What else the pipeline's call must be told to draw as here."""
+        return {}
+
     def free_text_encoders(self):
         for name in [n for n in self.pipe.components if n.startswith("text_encoder")]:
             setattr(self.pipe, name, None)
@@ -180,6 +184,9 @@ class Sana(Model):
         return (
             inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
         )
+
+    def call(self):
+        return {"use_resolution_binning": False}  # which samples at another size
 
     def encode(self, prompts):
         """Padded only to the longest of the prompts: attention masks padding out, and the
@@ -222,6 +229,9 @@ class Flux(Model):
     longest = {"tokenizer": 77, "tokenizer_2": 512}
     patch = 2  # 2 x 2 latents are packed into one token outside of the transformer
     guidance = 1.0
+
+    def call(self):
+        return {"max_sequence_length": self.tokens("tokenizer_2")}
 
     def encode_some(self, prompts):
         embeds, pooled, _ = self.pipe.encode_prompt(
@@ -277,6 +287,9 @@ class SD3(Model):
         most = self.transformer.config.pos_embed_max_size * self.multiple
         if resolution > most:
             raise ModelError(f"--resolution {resolution}: this model has positions up to {most}")
+
+    def call(self):
+        return {"max_sequence_length": self.tokens("tokenizer_3")}
 
     def encode_some(self, prompts):
         embeds, _, pooled, _ = self.pipe.encode_prompt(

@@ -277,7 +277,7 @@ class Report:
             say(f"wrote {self.folder / name}")
 
     def _card(self, result):
-        """lora/README.md, a model card."""
+        """lora/README.md, a model card, and the scheduler that it tells to take."""
         c, kind = self.config, self.run.model.pipeline.__name__
         base = c.pretrained if c.pretrained != "published" else self.run.model.published
         data = ModelCardData(
@@ -288,6 +288,14 @@ class Report:
         )
         config = json.dumps(dataclasses.asdict(c), indent=1)
         taken = sum("loss" in line for line in self.history)
+        scheduler = self.run.model.scheduler(c.rollout_steps)
+        scheduler.save_pretrained(self.folder / "lora")  # with what FLUX.1's pipeline reads of it
+        solver = type(scheduler).__name__
+        variant = self.run.model.variant if c.pretrained == "published" else None
+        load = "torch_dtype=torch.bfloat16" + (f', variant="{variant}"' if variant else "")
+        call = dict(guidance_scale=1.0, num_inference_steps=c.eval_steps)
+        call |= dict(height=c.resolution, width=c.resolution) | self.run.model.call()
+        call = ", ".join(f"{name}={value}" for name, value in call.items())
         _write(
             self.folder / "lora" / "README.md",
             f"---\n{data.to_yaml()}\n---\n"
@@ -296,11 +304,11 @@ class Report:
             f"`{c.reward}`; these are the EMA policy's weights. Guidance was off and the solver "
             f"{c.solver} at {c.rollout_steps} steps.\n\n"
             f"Held-out reward: {result}.\n\n```\n{command(c)}\n```\n\n```python\n"
-            f"from diffusers import {kind}\n\n"
-            f"pipe = {kind}.from_pretrained({(base or 'path/to/the/tiny/model')!r})\n"
+            f"import torch\nfrom diffusers import {kind}, {solver}\n\n"
+            f"pipe = {kind}.from_pretrained({(base or 'path/to/the/tiny/model')!r}, {load})\n"
+            f'pipe.scheduler = {solver}.from_pretrained("path/to/this/folder")\n'
             f'pipe.load_lora_weights("path/to/this/folder")\n'
-            f'image = pipe("a prompt", guidance_scale=1.0, num_inference_steps={c.eval_steps}, '
-            f"height={c.resolution}, width={c.resolution}).images[0]\n```\n\n"
+            f'image = pipe("a prompt", {call}).images[0]\n```\n\n'
             f"Every option:\n\n```json\n{config}\n```\n",
         )
 

@@ -494,8 +494,9 @@ def cache_folder():
 
 def world_folder(scale=1.0):
     """Where the tiny models are that this code with these packages makes."""
-    sources = [Path(__file__).read_text(), inspect.getsource(reward.clip_pixels), str(scale)]
-    sources += [inspect.getsource(c) for c in (models.Model, *models.MODELS.values())]
+    sources = [Path(__file__).read_text(), str(scale)]
+    code = reward.pillow_bicubic, reward.shrink, reward.normalized, reward.clip_pixels
+    sources += [inspect.getsource(c) for c in (*code, models.Model, *models.MODELS.values())]
     packages = ("torch", "diffusers", "transformers", "tokenizers")
     sources += [version(package) for package in packages]
     return cache_folder() / f"tiny-{hashlib.sha256(''.join(sources).encode()).hexdigest()[:12]}"

@@ -7,9 +7,11 @@
     python train.py --help                              # every option and its default
 
 Departures from the paper
- 1. The old policy draws (explore and regenerate); at the paper's eta it lags the policy by little.
+ 1. The old policy draws (explore and regenerate), as in DiffusionNFT; the paper's text says the
+    policy, which at its eta the old one follows closely.
  2. Quantized layers are chosen by the paper's rule in diffusers' layout, which keeps q, k and v
-    apart and writes SANA's feed-forward as 1x1 convolutions; these count as linear.
+    apart and writes SANA's feed-forward as 1x1 convolutions; these count as linear. SANA's
+    cross-attention keys and values, narrower apart than fused, then stay in BF16.
  3. The tiny models have settings of their own (TINY in config.py); the method is the same.
 
 Symbols, the same in every file

@@ -15,7 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 from conftest import FAMILIES, MINIATURE, PROJECT, lines, load, outcome
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FluxPipeline
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
@@ -23,6 +23,7 @@ import config
 import models
 import train
 from config import TINY, parse
+from rollout import initial_noise, sample
 
 
 def batch(n=6, seed=0):
@@ -139,6 +140,7 @@ def test_a_weighted_sum_trains_and_each_part_is_logged_and_others_are_only_measu
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_saved_lora_gives_the_trained_policys_images_in_a_stock_pipeline(name, tmp_path, world):
     options = [*MINIATURE, "--model", name, "--learning_rate", "0.05", "--ema_decay", "0"]
+    options += ["--eval_steps", "4"]
     assert train.main([*options, "--output_dir", str(tmp_path / "run")]) == 0
     pipe = DiffusionPipeline.from_pretrained(world / name)  # in float32
     pipe.set_progress_bar_config(disable=True)
@@ -167,6 +169,29 @@ def test_a_saved_lora_gives_the_trained_policys_images_in_a_stock_pipeline(name,
         trained = images(model.pipe)
     assert torch.allclose(loaded, trained, atol=1e-4)
     assert (loaded - base).abs().max() > 1e-2  # and it is not simply the base
+
+    # The model card's few lines draw as training did: its solver, and noise for noise.
+    card = (tmp_path / "run" / "lora" / "README.md").read_text()
+    card = card.replace("path/to/the/tiny/model", str(world / name))
+    code = card.replace("path/to/this/folder", str(tmp_path / "run" / "lora"))
+    exec(code.split("```python\n")[1].split("```")[0], names := {})
+    assert names["image"].size == (32, 32)
+    call = code.split("pipe(")[1].split(").images")[0]
+    ours, seeds = models.load(name, world / name, 32), [1]
+    noise = initial_noise(seeds, ours.latent_shape)
+    names["latents"] = noise.to(torch.bfloat16)
+    if name == "flux":
+        names["latents"] = FluxPipeline._pack_latents(names["latents"], 1, *noise.shape[1:])
+    theirs = eval(f"pipe({call}, latents=latents, output_type='pt').images", names)
+    models.add_lora(ours, rank=16, alpha=32)
+    for i, p in enumerate(models.lora_parameters(ours.transformer, "ema")):
+        p.data.copy_(state[f"ema.{i}"])
+    with models.policy(ours.transformer, "ema") as ema:
+        x_0 = sample(ours, ema, ours.encode(["a prompt"]), noise, 4)
+    names["pipe"].scheduler = pipe.scheduler  # the stock one, which is the other solver
+    others = eval(f"pipe({call}, latents=latents, output_type='pt').images", names)
+    away, others_away = ((x.float() - ours.decode(x_0)).abs().mean() for x in (theirs, others))
+    assert away < 0.005 and away < 0.75 * others_away
 
 
 def test_the_model_card_holds_the_command_that_gives_the_run(tmp_path, world, monkeypatch):
