@@ -4,10 +4,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 PROJECT = Path(__file__).parent.parent
 sys.path.insert(0, str(PROJECT))  # flat scripts: works from any working directory
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# How many examples a property test without a number of its own looks at; --hypothesis-profile.
+settings.register_profile("quick", max_examples=300, deadline=None)
+settings.register_profile("thorough", max_examples=20_000, deadline=None)
+settings.load_profile("quick")
 
 
 FAMILIES = ("sana", "flux", "sd3")
@@ -23,6 +29,14 @@ MINIATURE = (
 def lines(folder):
     """A run's metrics.jsonl."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def error_line(said, program="train.py"):
+    """The error on a program's stderr, which must be one line; what other packages print before it,
+    such as torchao when it is imported, is not the program's."""
+    _, ours, error = said.partition(f"{program}: error: ")
+    assert ours and "\n" not in error.strip(), said
+    return error.strip()
 
 
 def outcome(folder):
