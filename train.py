@@ -413,7 +413,7 @@ class Run:
         if c.resume and not forced:
             if c.checkpoint.about["fingerprints"].get(name) != fingerprint:
                 raise checkpoint.CheckpointError(
-                    f"--resume {c.resume}: the run had another {name}; {advice}"
+                    f"--resume {c.resume}: not the {name} of the run so far; {advice}"
                 )
 
     def prompts_of(self, step):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MINIATURE, lines, outcome
+from conftest import MINIATURE, error_line, lines, outcome
 from safetensors.torch import load_file, save_file
 
 import checkpoint
@@ -208,8 +208,7 @@ def test_of_a_damaged_newest_checkpoint_the_one_before_is_taken_and_said(whole, 
         (path / "manifest.json").unlink()
     before = sorted(folder.rglob("*"))
     assert resume(folder) == 2 and sorted(folder.rglob("*")) == before
-    said = capsys.readouterr().err
-    assert "no checkpoint is intact" in said and said.count("\n") == 1
+    assert "no checkpoint is intact" in error_line(capsys.readouterr().err)
 
 
 def sign(path):
@@ -358,8 +357,7 @@ def test_a_hostile_checkpoint_is_refused_in_a_line_and_executes_nothing(
     # The reward's file is said, which alone is executed: the right one or, in its place, none.
     assert (resume if what != "a reward in a file" else bare)(started) == 2
     assert before == {p: p.read_bytes() for p in before}
-    said = capsys.readouterr().err
-    assert said.startswith("train.py: error: ") and said.count("\n") == 1, said
+    assert error_line(capsys.readouterr().err)
     assert not (tmp_path / "ran").exists() and not (started / "lora" / "README.md").exists()
 
 
@@ -388,7 +386,7 @@ def test_a_rewards_file_that_changed_is_noticed(started, whole, tmp_path, capsys
     try:
         mine.write_text(text + "# another\n")
         assert resume(started) == 2
-        assert "had another reward; --force reward goes on" in capsys.readouterr().err
+        assert "not the reward of the run so far; --force reward goes on" in capsys.readouterr().err
         assert resume(started, "--force", "reward") == 0
     finally:
         mine.write_text(text)
@@ -398,7 +396,7 @@ def test_a_base_model_that_is_another_is_noticed(started, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "base_fingerprint", lambda transformer: "another")
         assert resume(started) == 2
-    assert "had another base model" in capsys.readouterr().err
+    assert "not the base model of the run so far" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------
