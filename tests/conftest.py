@@ -9,6 +9,9 @@ from hypothesis import settings
 PROJECT = Path(__file__).parent.parent
 sys.path.insert(0, str(PROJECT))  # flat scripts: works from any working directory
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Before torch is imported. On tensors this small two threads mostly wait for each other where other
+# processes are busy: a part of the tests then took 187 s with two and 38 s with one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # How many examples a property test without a number of its own looks at; --hypothesis-profile.
 settings.register_profile("quick", max_examples=300, deadline=None)

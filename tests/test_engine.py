@@ -47,11 +47,15 @@ def test_a_layer_runs_in_every_version_that_has_its_precision(version, precision
         "odd_in": precision if fits else "kept: in_features 48 is no multiple of 32",
         "odd_out": "kept: out_features 40 is no multiple of 16",
     }
-    for tokens in (1, 32, 77):  # padded to what TE wants, which changes nothing
+    for tokens in (1, 32, 77):  # padded to what TE wants, which changes nothing but rounding
         x = torch.randn(2, tokens, 64, generator=torch.Generator().manual_seed(tokens)).bfloat16()
         flat = quant.SimulatedMatmul(before["good"].weight, before["good"].bias, precision)
         expected = flat(x.reshape(-1, 64)).reshape(2, tokens, 48)
-        assert torch.equal(model["good"](x), expected)
+        # Of another number of rows a processor may sum the 64 terms in another order. That can
+        # turn the rounding of the product and of the result to BF16, each by one step of at most
+        # 2^-7 of it; a scale that padding moves changes far more.
+        largest = expected.abs().max().item()
+        torch.testing.assert_close(model["good"](x), expected, rtol=2**-7, atol=2**-7 * largest)
     assert state.unquantized == 0 and state.recipe is None
 
 

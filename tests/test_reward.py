@@ -11,7 +11,7 @@ import numpy as np
 import originals
 import pytest
 import torch
-from conftest import PROJECT
+from conftest import PROJECT, error_line
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -120,12 +120,13 @@ def test_clipscore_prefers_the_right_prompt_and_the_undamaged_picture(clipscore)
     import tiny
 
     g = torch.Generator().manual_seed(3)
-    rows = torch.tensor(tiny.HELD_OUT)
+    rows = torch.tensor(tiny.HELD_OUT).repeat(4)
     prompts = [tiny.CAPTIONS[i] for i in rows]
     good = tiny.draw(tiny.THINGS[rows], g)
     right = clipscore(good, prompts)
-    assert (right > clipscore(good, prompts[1:] + prompts[:1])).float().mean() > 0.85
-    assert (right > clipscore(tiny.worsen(good, g), prompts)).float().mean() > 0.9
+    # Both are 0.89 to 0.96, a little different on each machine, and 0.5 +- 0.03 by chance.
+    assert (right > clipscore(good, prompts[1:] + prompts[:1])).float().mean() > 0.8
+    assert (right > clipscore(tiny.worsen(good, g), prompts)).float().mean() > 0.8
 
 
 def test_clipscore_reads_every_word_of_a_caption(clipscore):
@@ -135,7 +136,8 @@ def test_clipscore_reads_every_word_of_a_caption(clipscore):
     whole = clipscore(image, [" ".join(caption)])
     for i in range(1, len(caption)):
         changed = caption[:i] + ["cross"] + caption[i + 1 :]
-        assert clipscore(image, [" ".join(changed)]) != whole, changed
+        # 0.004 at least; rounding, which other lengths change too, is 1e-7.
+        assert abs(clipscore(image, [" ".join(changed)]) - whole) > 1e-4, changed
 
 
 def test_clipscore_does_not_depend_on_the_batch(clipscore):
@@ -320,6 +322,8 @@ def test_a_published_reward_does_not_depend_on_the_batch(name, hub, small):
 def test_weights_that_are_not_the_rewards_are_refused_in_a_line(
     name, damage, says, hub, small, tmp_path, capfd
 ):
+    build_reward(name, weights=hub)  # whatever packages say when they are first used
+    capfd.readouterr()
     root, cls = tmp_path / "hub", rewards.PUBLISHED[name]
     shutil.copytree(hub, root)
     folder = root / cls.weights
@@ -457,8 +461,7 @@ def test_reward_alone_says_what_is_wrong_in_a_line(tmp_path, capsys, hub):
         [good, "--prompt", "x", "--rewrad", "y"],
     ):
         assert rewards.main(options) == 2, options
-        said = capsys.readouterr().err.strip()
-        assert said.startswith("reward.py: error: ") and "\n" not in said, said
+        assert error_line(capsys.readouterr().err, "reward.py"), options
 
 
 class Service(BaseHTTPRequestHandler):

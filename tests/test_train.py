@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from conftest import FAMILIES, MINIATURE, PROJECT, lines, load, outcome
+from conftest import FAMILIES, MINIATURE, PROJECT, error_line, lines, load, outcome
 from diffusers import DiffusionPipeline, FluxPipeline
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
@@ -170,18 +170,20 @@ def test_a_saved_lora_gives_the_trained_policys_images_in_a_stock_pipeline(name,
     assert torch.allclose(loaded, trained, atol=1e-4)
     assert (loaded - base).abs().max() > 1e-2  # and it is not simply the base
 
-    # The model card's few lines draw as training did: its solver, and noise for noise.
+    # The model card's few lines draw as training did: its solver, and noise for noise. Here they
+    # do so in float32, whose rounding is far below the difference between two solvers.
     card = (tmp_path / "run" / "lora" / "README.md").read_text()
+    assert "torch_dtype=torch.bfloat16" in card
+    card = card.replace("torch.bfloat16", "torch.float32")
     card = card.replace("path/to/the/tiny/model", str(world / name))
     code = card.replace("path/to/this/folder", str(tmp_path / "run" / "lora"))
     exec(code.split("```python\n")[1].split("```")[0], names := {})
     assert names["image"].size == (32, 32)
     call = code.split("pipe(")[1].split(").images")[0]
-    ours, seeds = models.load(name, world / name, 32), [1]
-    noise = initial_noise(seeds, ours.latent_shape)
-    names["latents"] = noise.to(torch.bfloat16)
+    ours = load(world, name)
+    names["latents"] = noise = initial_noise([1], ours.latent_shape)
     if name == "flux":
-        names["latents"] = FluxPipeline._pack_latents(names["latents"], 1, *noise.shape[1:])
+        names["latents"] = FluxPipeline._pack_latents(noise, 1, *noise.shape[1:])
     theirs = eval(f"pipe({call}, latents=latents, output_type='pt').images", names)
     models.add_lora(ours, rank=16, alpha=32)
     for i, p in enumerate(models.lora_parameters(ours.transformer, "ema")):
@@ -190,8 +192,8 @@ def test_a_saved_lora_gives_the_trained_policys_images_in_a_stock_pipeline(name,
         x_0 = sample(ours, ema, ours.encode(["a prompt"]), noise, 4)
     names["pipe"].scheduler = pipe.scheduler  # the stock one, which is the other solver
     others = eval(f"pipe({call}, latents=latents, output_type='pt').images", names)
-    away, others_away = ((x.float() - ours.decode(x_0)).abs().mean() for x in (theirs, others))
-    assert away < 0.005 and away < 0.75 * others_away
+    away, others_away = ((x - ours.decode(x_0)).abs().mean() for x in (theirs, others))
+    assert away < 1e-5 and others_away > 1e-4  # 2e-7; 1e-3 or more, where solvers agree best
 
 
 def test_the_model_card_holds_the_command_that_gives_the_run(tmp_path, world, monkeypatch):
@@ -365,8 +367,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(
     (tmp_path / "TAKEN" / "config.json").write_text("{}")
     before = sorted(tmp_path.rglob("*"))
     assert train.main(options.split()) == 2
-    error = capsys.readouterr().err.strip()
-    assert says in error and "\n" not in error and error.startswith("train.py: error: ")
+    assert says in error_line(capsys.readouterr().err)
     ignore = {"__pycache__"}
     after = [p for p in sorted(tmp_path.rglob("*")) if not ignore & set(p.parts)]
     assert after == before
@@ -391,8 +392,8 @@ def test_another_familys_folder_is_named_and_so_is_what_is_broken(world, tmp_pat
 
     def error(folder):
         assert train.main([*options, str(folder)]) == 2
-        said = capsys.readouterr().err.strip()
-        assert "\n" not in said and str(folder) in said and not (tmp_path / "run").exists()
+        said = error_line(capsys.readouterr().err)
+        assert str(folder) in said and not (tmp_path / "run").exists()
         return said
 
     assert "is a SanaPipeline, not --model flux; try --model sana" in error(world / "sana")
@@ -508,7 +509,8 @@ def test_a_hub_that_refuses_or_is_not_there_is_one_line(tmp_path):
         text=True,
     )
     assert done.stdout.split() == ["2"] * 4 and not (tmp_path / "runs").exists()
-    gated, absent, broken, gone = done.stderr.strip().splitlines()
+    ours = [line for line in done.stderr.splitlines() if line.startswith("train.py: error: ")]
+    gated, absent, broken, gone = ours  # beside them, packages such as torchao have their own lines
     assert "gated; accept its licence" in gated and "such a model on the hub" in absent
     assert "the hub cannot be asked" in broken and "the hub cannot be asked" in gone
 
