@@ -1,65 +1,151 @@
-"""Rollouts: noise from seeds, the ODE sampler, pools of candidates.
+"""Rollout: noise from seeds, the ODE sampler, a pool of candidates, and the explorer that draws it
+in FP4 (paper, steps 1 and 3).
 
 Sampling is a deterministic ODE without guidance, so a seed is a handle on an image: the NVFP4
-explorer and the BF16 policy start from the same noise and land close to each other.
+explorer and the BF16 policy start from the same noise and end close to each other.
 
-How close depends on one thing that is easy to miss: in NVFP4 every activation tensor has one
-global scale, so the images of a micro-batch influence each other (and a matmul may sum in another
-order for another batch). A micro-batch therefore holds candidates of one prompt only, in the order
-of the pool, and its size comes from the config alone. `python paper.py fidelity` prints how much
-the ranking moves when it is another. The noise never depends on it.
+How close they end depends on one thing that is easy to miss. In NVFP4 every activation tensor has
+one global scale, so the images of a micro-batch influence each other; in any precision a matmul may
+sum in another order for another batch. A micro-batch therefore holds candidates of one prompt only,
+in the order of the pool, and its size comes from the options alone. The noise never depends on it.
 """
 
+import copy
+import dataclasses
 import random
 
 import numpy as np
 import torch
 
+import quant
+from support import models
+
+# ---------------------------------------------------------------------------------------------
+# Seeds and noise
+
 
 def candidate_seeds(run_seed, step, prompt_index, n):
-    """n seeds (ints below 2^63) for one prompt of one step; a longer pool begins with the shorter
+    """n seeds (ints below 2^63) for one prompt of one step. A longer pool begins with the shorter
     one. All arguments are integers >= 0; numpy's SeedSequence mixes them."""
     state = np.random.SeedSequence((run_seed, step, prompt_index)).generate_state(n, np.uint64)
     return [int(s >> np.uint64(1)) for s in state]
 
 
 def seed_globals(seed):
-    """Seed the global generators, from which nothing here draws, but a reward may."""
+    """Seed the global generators. Nothing of this project draws from them, but a reward may."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
 def initial_noise(seeds, shape):
-    """Standard normal float32 (n, *shape) on the CPU; row i depends on seeds[i] alone."""
+    """Standard normal noise, float32 (n, *shape) on the CPU; row i depends on seeds[i] alone."""
     rows = [torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
     return torch.stack(rows)
 
 
+# ---------------------------------------------------------------------------------------------
+# The sampler
+
+
 @torch.no_grad()
 def sample(model, transformer, text, noise, steps):
-    """x_0 (n, c, h, w) float32 from noise like it, by the model's solver.
+    """x_0, float32 (n, c, h, w), from noise of that shape, by the model's solver.
 
-    text: models.Text of n rows, on the transformer's device. The same noise gives what the family's
-    own diffusers pipeline gives.
+    text: models.Text of n rows, on the transformer's device. From the same noise, diffusers' own
+    pipeline gives the same x_0.
     """
     scheduler = model.scheduler(steps)
     x = noise.to(text.embeds.device)
     for timestep in scheduler.timesteps:
-        t = timestep.double() / 1000  # so that 1000 t is the very timestep, and an integer if it is
+        t = timestep.double() / 1000  # in float64, 1000 t is the scheduler's timestep again
         v = model.velocity(transformer, x, t.expand(len(x)), text)
         x = scheduler.step(v, timestep, x, return_dict=False)[0]
     return x
 
 
 def sampling_times(model, steps):
-    """The times t (steps,) in (0, 1], float32, at which `sample` asks for a velocity."""
+    """The times t, float32 (steps,) in (0, 1], at which `sample` asks for a velocity."""
     return model.scheduler(steps).timesteps.float() / 1000
 
 
+# ---------------------------------------------------------------------------------------------
+# Candidates of a prompt
+
+
+@dataclasses.dataclass
+class Candidates:
+    """What was drawn for one prompt."""
+
+    prompt: int  # index of the training prompt
+    seeds: list  # n seeds; candidate i was drawn from initial_noise of seeds[i]
+    latents: torch.Tensor  # x_0, float32 (n, c, h, w) on the CPU
+    scores: dict  # reward -> float32 (n,); "weighted_sum" is the sum that is trained on
+    advantages: torch.Tensor = None  # float32 (n,)
+
+    @property
+    def rewards(self):
+        return self.scores["weighted_sum"]
+
+    def rewards_of(self, seeds):
+        """The rewards of these seeds, in their order."""
+        return self.rewards[[self.seeds.index(seed) for seed in seeds]]
+
+    def take(self, kept):
+        """The candidates with these indices, in this order."""
+        scores = {name: values[kept] for name, values in self.scores.items()}
+        return Candidates(self.prompt, [self.seeds[i] for i in kept], self.latents[kept], scores)
+
+
 def draw(model, transformer, text, seeds, steps):
-    """Draw a micro-batch of one prompt's candidates: (latents float32 (n, c, h, w), images float32
-    (n, 3, H, W) in [0, 1]). text: models.Text of one row."""
+    """Draw a micro-batch of candidates of one prompt: (latents, float32 (n, c, h, w); images,
+    float32 (n, 3, H, W) in [0, 1]). text: models.Text of one row."""
     noise = initial_noise(seeds, model.latent_shape)
     latents = sample(model, transformer, text.take([0] * len(noise)), noise, steps)
     return latents, model.decode(latents)
+
+
+def draw_and_score(model, transformer, text, seeds, steps, micro_batch, score):
+    """Draw one prompt's candidates and score them: (latents on the CPU, {reward: (n,)}).
+
+    A pool needs the memory of one micro-batch only. score: a function (seeds, latents, images) of
+    a micro-batch that returns {reward: float32 (n,)}.
+    """
+    latents, scores = [], []
+    for start in range(0, len(seeds), micro_batch):
+        batch_seeds = seeds[start : start + micro_batch]
+        batch_latents, images = draw(model, transformer, text, batch_seeds, steps)
+        scores.append(score(batch_seeds, batch_latents, images))
+        latents.append(batch_latents.cpu())
+    return torch.cat(latents), join_scores(scores)
+
+
+def join_scores(scores):
+    """{reward: (n,)} of several micro-batches -> of all of them."""
+    return {name: torch.cat([part[name] for part in scores]) for name in scores[0]}
+
+
+# ---------------------------------------------------------------------------------------------
+# The explorer: a quantized copy of the transformer
+
+
+def make_explorer(model, precision, skip=(), min_dim=0):
+    """(A copy of the base transformer with quantized linear layers, the rows that describe them).
+    Arguments and rows are those of quant.quantize_linears. Make the explorer before LoRA is added,
+    and `sync` it before it draws."""
+    explorer = copy.deepcopy(model.transformer)
+    return explorer, quant.quantize_linears(explorer, precision, skip, min_dim)
+
+
+@torch.no_grad()
+def sync(explorer, transformer, adapter):
+    """Give the explorer the weights of a policy: W + alpha / rank * B A, merged in float32, rounded
+    to BF16 and then quantized, once for each sync."""
+    for name, layer in models.lora_layers(transformer):
+        base = layer.get_base_layer().weight
+        merged = (base.float() + layer.get_delta_weight(adapter).float()).to(base.dtype)
+        explorer_layer = explorer.get_submodule(name)
+        if isinstance(explorer_layer, quant.QuantizedLinear):
+            explorer_layer.set_weight(merged)
+        else:
+            explorer_layer.weight.copy_(merged)

@@ -1,68 +1,106 @@
 """Sol-RL: explore in FP4, train in BF16 (arXiv 2604.06916).
 
-    python train.py --model sana                        # tiny SANA, a few minutes on a laptop
-    python train.py --model flux                        # tiny FLUX.1; --model sd3: tiny SD3.5
-    python train.py --model sana --family diffusionnft  # the baseline without a pool
-    torchrun --nproc_per_node=8 train.py ...            # the same run on 8 GPUs
-    python train.py --help                              # every option and its default
+    python train.py --model sana              # the tiny SANA, a few minutes on a laptop; flux, sd3
+    torchrun --nproc_per_node=8 train.py ...  # on 8 GPUs
+    python train.py --help                    # every option and its default
 
-Departures from the paper
- 1. The old policy draws (explore and regenerate), as in DiffusionNFT; the paper's text says the
-    policy, which at its eta the old one follows closely.
- 2. Quantized layers are chosen by the paper's rule in diffusers' layout, which keeps q, k and v
-    apart and writes SANA's feed-forward as 1x1 convolutions; these count as linear. SANA's
-    cross-attention keys and values, narrower apart than fused, then stay in BF16.
- 3. The tiny models have settings of their own (TINY in config.py); the method is the same.
+One iteration, for each of P prompts:
+    1. Explore      the NVFP4 copy of the old policy draws N seeds in few steps; they are scored
+    2. Select       the K / 2 best and the K / 2 worst seeds; the FP4 images are thrown away
+    3. Regenerate   the old policy itself, in BF16, draws these K seeds again from the same noise
+                    in more steps; they are scored again
+    4. Update       advantages from the BF16 rewards; the DiffusionNFT loss on these K images, in
+                    BF16 with LoRA; one optimizer step for all prompts; then the old policy and
+                    the EMA follow the policy
 
 Symbols, the same in every file
     x_0, x_t, noise   a sample, (1 - t) x_0 + t noise, standard normal noise; (n, c, h, w)
-    t                 time in [0, 1], 1 is noise
+    t                 time in [0, 1]; 1 is noise
     v, v_old, v_ref   velocity (noise - x_0) by the policy, the old policy, the base model
-    r, A              reward; advantage
+    r, A              reward in [0, 1] as the loss uses it; advantage
     N, K, P           pool (--pool), kept (--keep), prompts an iteration (--prompts_per_step)
-    beta, kl, eta     policy mix (--nft_beta), KL weight, share of itself the old policy keeps
+    beta, kl, eta     policy mix (--nft_beta), KL weight, share of itself that the old policy keeps
+
+Four policies share one network: the base model, and three LoRA adapters on it. The policy
+("default") learns, the old policy ("old") draws, the EMA ("ema") is evaluated and saved.
+
+Departures from the paper
+ 1. The old policy draws, as in DiffusionNFT and in the authors' code; the text says the policy.
+ 2. The quantized layers are chosen by the paper's rule in diffusers' layout, which keeps q, k and v
+    apart and writes SANA's feed-forward as 1x1 convolutions; these count as linear layers. The keys
+    and values of SANA's cross-attention, narrower apart than fused, then stay in BF16.
+ 3. The tiny models have settings of their own (TINY in support/options.py); the method is the same.
 """
 
-import contextlib
-import dataclasses
-import importlib.util
 import sys
-import time
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
+from support.options import answer_at_once
 
-import checkpoint
-import distributed
-import models
-from config import FAMILIES, OptionError, parse, resuming, split_prompts
-from engine import EngineError
-from report import Report, alone
-from reward import NonFiniteScores, RewardError, build_reward, read_spec
-from rollout import candidate_seeds, draw, initial_noise, sample, sampling_times, seed_globals
+if __name__ == "__main__":
+    answer_at_once(sys.argv[1:], __doc__)  # --help and wrong options, before torch is loaded
+
+import dataclasses
+import importlib.util
+from collections import Counter
+from typing import NamedTuple
+
+import torch
+
+import quant
+import rollout
+from reward import build_reward
+from support import checkpoint, distributed, models, world
+from support.clock import Clock
+from support.distributed import say
+from support.errors import InputError, NonFinite, Stopped, check_finite, exit_code, require
+from support.options import parse
+from support.prompts import split_prompts
+from support.report import Report, reward_metrics
 
 # `import select` may give the standard library's module of that name: load ours by its path.
 _spec = importlib.util.spec_from_file_location("selection", Path(__file__).with_name("select.py"))
 selection = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(selection)
 
-BAD_INPUT = (OptionError, RewardError, models.ModelError, EngineError, checkpoint.CheckpointError)
 
-# Places in (run seed, step, prompt) that no training prompt takes.
+class Stage(NamedTuple):
+    """A rollout of the old policy. The first stage draws the pool; a later one draws again the
+    seeds that the stage before it kept."""
+
+    name: str  # in the log
+    precision: str  # of quant.PRECISIONS; "bf16" is the old policy itself, others an explorer
+    steps: int  # of the sampler
+    num_candidates: int
+    num_kept: int = None  # as many are kept by the rule --select; None: all, in their order
+
+
+# The paper's four rollout families: functions of the options that return the stages. What the last
+# stage keeps is trained on.
+ALGORITHMS = {
+    "sol_rl": lambda c: [
+        Stage("explore", c.precision, c.explore_steps, c.pool, c.keep),
+        Stage("regenerate", "bf16", c.rollout_steps, c.keep),
+    ],
+    "naive_scaling": lambda c: [Stage("explore", "bf16", c.rollout_steps, c.pool, c.keep)],
+    "naive_quant": lambda c: [Stage("explore", c.precision, c.rollout_steps, c.pool, c.keep)],
+    "diffusionnft": lambda c: [Stage("explore", "bf16", c.rollout_steps, c.keep, c.keep)],
+}
+
+# Random streams of their own, in the place of a prompt's index.
 UPDATE, EVALUATION, ORDER = 2**32 - 1, 2**32 - 2, 2**32 - 3
 
 
 # ---------------------------------------------------------------------------------------------
-# The loss (DiffusionNFT, arXiv 2509.16117)
+# Advantages and loss
 
 
 def group_advantages(rewards, adv_clip=5.0, std_over="all"):
     """A = (r - mean over the prompt's K) / (std + 1e-4), clipped; rewards (P, K) -> (P, K).
 
-    std_over: "all", the paper's, is one std for all prompts, so that a prompt whose candidates
-    hardly differ keeps small advantages; "prompt" is each prompt's own, as in GRPO. A prompt whose
-    candidates are all equal has 0, whatever rounding does to their mean."""
+    std_over: "all" is the paper's, one std over all P * K, so that a prompt whose candidates hardly
+    differ has small advantages; "prompt" is each prompt's own, as in GRPO. Where all candidates of
+    a prompt have the same reward their advantage is 0, however the mean is rounded."""
     differ = rewards.amax(dim=1, keepdim=True) > rewards.amin(dim=1, keepdim=True)
     centred = (rewards - rewards.mean(dim=1, keepdim=True)) * differ
     over = dict(dim=1, keepdim=True) if std_over == "prompt" else {}
@@ -70,8 +108,8 @@ def group_advantages(rewards, adv_clip=5.0, std_over="all"):
 
 
 def nft_loss(v, v_old, v_ref, x_t, x_0, t, advantages, beta=1.0, adv_clip=5.0, kl=1e-4):
-    """The DiffusionNFT loss with the paper's self-normalized weights; all (B, ...) but t and
-    advantages (B,). Returns (scalar loss, dict of detached scalar metrics).
+    """The DiffusionNFT loss (arXiv 2509.16117) with Sol-RL's self-normalized weights w. All tensors
+    are (B, ...) but t and advantages, (B,). Returns (scalar loss, dict of detached scalar metrics).
 
     Gradients flow through v alone. With beta = 1 and v = v_old the value does not depend on the
     advantages; the gradient does, as 2 r - 1.
@@ -80,14 +118,14 @@ def nft_loss(v, v_old, v_ref, x_t, x_0, t, advantages, beta=1.0, adv_clip=5.0, k
     t = t.reshape(-1, *[1] * (x_0.dim() - 1))
     r = (advantages / adv_clip).clamp(-1, 1) / 2 + 0.5  # (B,) in [0, 1]
 
-    def distance(v_sign):
-        x_0_hat = x_t - t * v_sign
+    def weighted_error(v_branch):
+        x_0_hat = x_t - t * v_branch
         error = (x_0_hat - x_0).flatten(1)
         w = error.detach().abs().mean(dim=1, keepdim=True).clamp(min=1e-5)
         return (error**2 / w).mean(dim=1)  # (B,)
 
-    l_plus = distance(beta * v + (1 - beta) * v_old)
-    l_minus = distance((1 + beta) * v_old - beta * v)
+    l_plus = weighted_error(beta * v + (1 - beta) * v_old)
+    l_minus = weighted_error((1 + beta) * v_old - beta * v)
     policy_loss = (adv_clip / beta * (r * l_plus + (1 - r) * l_minus)).mean()
     divergence = ((v - v_ref) ** 2).mean()
     loss = policy_loss + kl * divergence
@@ -101,438 +139,311 @@ def nft_loss(v, v_old, v_ref, x_t, x_0, t, advantages, beta=1.0, adv_clip=5.0, k
 
 
 def iteration(run, step):
-    """One iteration of the algorithm: (the step's metrics, what its picture shows)."""
+    """One iteration of the algorithm. Returns its metrics and, for each of this process's prompts,
+    the Candidates that each stage kept."""
     c, transformer = run.config, run.model.transformer
-    family, keep = FAMILIES[c.family], getattr(selection, c.select)
-    rows = run.prompts_of(step)  # P of them, split over the processes
-    explored, trained = [], []
-    if family.quantized:
-        with run.clock("explore"):
-            models.sync(run.explorer, transformer, "old")
+    select = selection.RULES[c.select]
 
-    for row in distributed.mine(rows):
-        # Explore: N candidates of the old policy, drawn cheaply and scored.
-        seeds = candidate_seeds(c.seed, step, row, c.pool if family.explore else c.keep)
-        with models.policy(transformer, "old"):
-            drawer = run.explorer if family.quantized else run.drawer
-            pool = rollout(run, "explore", drawer, row, seeds)
+    # The explorer becomes the old policy: merged with its LoRA, then quantized.
+    with run.clock("explore"):
+        for explorer in run.explorers.values():
+            rollout.sync(explorer, transformer, "old")
 
-        # Select: the best and the worst; of a two-stage pool only their seeds survive.
-        with run.clock("select"):
-            kept = keep(run.weighed(pool.scores), c.keep)
-        samples = pool.take(kept)
-        explored.append(samples)
-
-        # Regenerate: the kept seeds in BF16, from the same noise, scored again.
-        if family.regenerate:
+    drawn = []
+    for prompt in distributed.mine(run.prompts_of(step)):
+        seeds = rollout.candidate_seeds(c.seed, step, prompt, run.stages[0].num_candidates)
+        kept = []
+        for stage in run.stages:
+            # Explore or regenerate: the old policy draws these seeds, quantized or in BF16.
             with models.policy(transformer, "old"):
-                samples = rollout(run, "regenerate", run.drawer, row, [seeds[i] for i in kept])
-        trained.append(samples)
-        if len(trained) > 1:  # the picture shows the first prompt's
-            explored[-1].images.clear()
-            trained[-1].images.clear()
+                network = run.explorers.get(stage.precision, run.bf16_network)
+                candidates = run.rollout(stage, network, prompt, seeds)
+
+            # Select: only the seeds of what is kept go on to the next stage.
+            if stage.num_kept:
+                rewards = run.combined_reward(candidates.scores)
+                candidates = candidates.take(select(rewards, stage.num_kept))
+            seeds = candidates.seeds
+            kept.append(candidates)
+        drawn.append(kept)
 
     # Advantages: from the rewards of what is trained on, never from the explorer's.
-    proxies, scores = zip(
-        *distributed.gather([(e.rewards, t.scores) for e, t in zip(explored, trained)])
-    )
+    samples = [kept[-1] for kept in drawn]
+    scores = distributed.gather([candidates.scores for candidates in samples])
     rewards = {name: torch.stack([part[name] for part in scores]) for name in scores[0]}  # (P, K)
-    advantages = group_advantages(run.weighed(rewards), c.adv_clip, c.advantage_std)
+    advantages = group_advantages(run.combined_reward(rewards), c.adv_clip, c.advantage_std)
+    for candidates, row in zip(samples, distributed.mine(advantages)):
+        candidates.advantages = row
 
     # Update the policy; then the old policy and the EMA follow it.
     with run.clock("train"):
-        metrics = update(run, [samples.latents for samples in trained], rows, advantages, step)
+        metrics = update(run, samples, step)
         models.follow(transformer, "old", eta=min(0.001 * (step + 1), 0.5))
         models.follow(transformer, "ema", eta=c.ema_decay)
 
-    metrics |= reward_metrics(proxies, rewards)
-    if c.compile:  # of the process; a recompilation after the first step would show
-        metrics["compiled_graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    return metrics, (rows[0], explored[0], trained[0])
+    proxies = distributed.gather([kept[0].rewards_of(kept[-1].seeds) for kept in drawn])
+    metrics |= reward_metrics(proxies, rewards, selection.rank_fidelity)
+    return metrics, drawn
 
 
-@dataclasses.dataclass
-class Candidates:
-    """What is kept of one prompt's drawn candidates."""
-
-    scores: dict  # name of a reward -> (n,) float32; "weighted_sum" is theirs
-    latents: torch.Tensor  # (n, c, h, w) float32, or None where the images are thrown away
-    images: dict  # index -> (3, H, W), of a few, for the picture
-
-    @property
-    def rewards(self):
-        """The weighted sum, (n,) float32."""
-        return self.scores["weighted_sum"]
-
-    def take(self, kept):
-        scores = {name: values[kept] for name, values in self.scores.items()}
-        latents = None if self.latents is None else self.latents[kept]
-        images = {place: self.images[i] for place, i in enumerate(kept) if i in self.images}
-        return Candidates(scores, latents, images)
-
-
-def rollout(run, stage, transformer, row, seeds):
-    """Draw the candidates `seeds` of training prompt `row` and score them; stage "explore" or
-    "regenerate" says with how many steps, and where the time is booked. The transformer must be
-    the policy that is to draw."""
-    c, text = run.config, run.train.text.take(row).to(run.config.device)
-    explore, family = stage == "explore", FAMILIES[c.family]
-    proxy = explore and family.regenerate
-    steps = c.explore_steps if proxy else c.rollout_steps
-    precision = c.precision if explore and family.quantized else "bf16"
-    about = dict(stage=stage, precision=precision)
-    seed_globals(seeds[0])
-    rewards, scores, kept, shown = [], [], [], {}
-    for start in range(0, len(seeds), c.micro_batch):  # a pool needs the memory of one of these
-        run.stop.check()
-        here = seeds[start : start + c.micro_batch]
-        with run.clock(stage):
-            latents, images = draw(run.model, transformer, text, here, steps)
-        check_finite("latents", latents, here, [run.train.prompts[row]] * len(here), **about)
-        scores.append(finite_scores(run, images, run.train, [row] * len(here), here, **about))
-        rewards += scores[-1]["weighted_sum"].tolist()
-        if not proxy:
-            kept.append(latents.cpu())
-        shown |= {start + i: image.cpu() for i, image in enumerate(images)}
-        if explore:  # of the pool's images only those in the picture stay
-            order = sorted(shown, key=lambda i: -rewards[i])
-            shown = {i: shown[i] for i in order[:4] + order[-4:]}
-    return Candidates(joined(scores), None if proxy else torch.cat(kept), shown)
-
-
-class NonFinite(FloatingPointError):
-    """A NaN or an infinity before the optimizer moved: what it is in, and whose it is. The seed is
-    a candidate's; in the update that of the noise, or of the first noise of the micro-batch."""
-
-    @property
-    def stage(self):
-        return self.args[2]
-
-    def __str__(self):
-        what, _, stage, prompt, seed, precision = self.args
-        seed = f"{'noise ' if stage == 'update' else ''}seed {seed}"
-        return f"NaN or infinity in the {what}, {stage} in {precision}, prompt {prompt!r}, {seed}"
-
-
-def check_finite(what, tensor, seeds, prompts, stage, precision):
-    """Raise NonFinite for the first of a batch's samples (n, ...) that holds a NaN or infinity."""
-    bad = (~torch.isfinite(tensor)).reshape(len(tensor), -1).any(dim=1).nonzero()
-    if len(bad):
-        i = int(bad[0, 0])
-        value = tensor[i].detach().cpu()
-        distributed.fail(NonFinite(what, value, stage, prompts[i], seeds[i], precision))
-
-
-def finite_scores(run, images, prompts, rows, seeds, stage, precision):
-    """Scores {reward: (n,)} of images of these rows of Prompts. Raises NonFinite."""
-    of = dict(seeds=seeds, prompts=[prompts.prompts[row] for row in rows])
-    check_finite("images", images, **of, stage=stage, precision=precision)
-    try:
-        return run.score(images, prompts, rows, evaluation=stage == "evaluate")
-    except NonFiniteScores as error:
-        check_finite(error.name, error.scores, **of, stage=stage, precision=precision)
-
-
-def joined(scores):
-    """Scores {reward: (n,)} of batch after batch -> of all."""
-    return {name: torch.cat([part[name] for part in scores]) for name in scores[0]}
-
-
-def update(run, x_0, rows, advantages, step):
-    """One optimizer step on samples of the prompts rows (P,): x_0, a list of (K, c, h, w) of this
-    process's share of the prompts, and advantages (P, K) of all. Each sample is trained at a random
-    share of the sampling times, each with its own noise."""
+def update(run, samples, step):
+    """One optimizer step on the mean NFT loss over all (sample, time) pairs. samples: a list of
+    Candidates with advantages, of this process's prompts. Returns metrics."""
     c, model, transformer = run.config, run.model, run.model.transformer
     policy = models.lora_parameters(transformer, "default")
-    times = sampling_times(model, c.rollout_steps)
-    trained = max(1, round(c.timestep_fraction * c.rollout_steps))
-    n = advantages.numel()
-    seeds = candidate_seeds(c.seed, step, UPDATE, 1 + n * trained)
-    shuffle = torch.Generator().manual_seed(seeds.pop(0))
-    which = torch.rand(n, len(times), generator=shuffle).argsort(dim=1)[:, :trained]
+    num_samples = sum(distributed.gather([len(candidates.seeds) for candidates in samples]))
     sizes = [p.numel() for p in policy]
     gradient = torch.zeros(sum(sizes), dtype=torch.float64, device=c.device)
     metrics = []
-    for samples, place in zip(x_0, distributed.mine(range(len(rows)))):
-        prompts = [run.train.prompts[rows[place]]] * c.micro_batch
-        about = dict(prompts=prompts, stage="update", precision="bf16")
-        metrics.append({})
-        for part in torch.arange(c.keep).split(c.micro_batch):
-            run.stop.check()
-            text = run.train.text.take([rows[place]] * len(part)).to(c.device)
-            share = len(part) / (n * trained)
-            target, weight = samples[part].to(c.device), advantages[place, part].to(c.device)
-            part = part + place * c.keep  # of the n samples
-            for j in range(trained):
-                t, here = times[which[part, j]].to(c.device), [seeds[i * trained + j] for i in part]
-                noise = initial_noise(here, model.latent_shape).to(c.device)
-                x_t = torch.lerp(target, noise, t[:, None, None, None])
-                with torch.no_grad(), models.policy(transformer, "old"):
-                    v_old = model.velocity(transformer, x_t, t, text)
-                with torch.no_grad(), models.policy(transformer, "base"):
-                    v_ref = model.velocity(transformer, x_t, t, text)
-                v = model.velocity(transformer, x_t, t, text)
-                loss, found = nft_loss(
-                    v, v_old, v_ref, x_t, target, t, weight, c.nft_beta, c.adv_clip, c.kl
-                )
-                check_finite("velocity", v, here, **about)
-                check_finite("loss", loss[None], here, **about)
-                (loss * share).backward()
-                norm = torch.nn.utils.get_total_norm([p.grad for p in policy])
-                check_finite("gradient", norm[None], here, **about)
-                for name, value in found.items():
-                    metrics[-1][name] = metrics[-1].get(name, 0.0) + float(value) * share
+    for candidates, pairs in zip(samples, training_pairs(c, model, step)):
+        prompt, sums = run.train.prompts[candidates.prompt], Counter()
+        for rows, t, seeds in pairs:  # a micro-batch of (sample, time) pairs, each with fresh noise
+            x_0, advantages = candidates.latents[rows].to(c.device), candidates.advantages[rows]
+            noise, t = rollout.initial_noise(seeds, model.latent_shape).to(c.device), t.to(c.device)
+            x_t = torch.lerp(x_0, noise, t[:, None, None, None])  # (1 - t) x_0 + t noise
+            text = run.train.text.take([candidates.prompt] * len(rows)).to(c.device)
+            with torch.no_grad(), models.policy(transformer, "old"):
+                v_old = model.velocity(transformer, x_t, t, text)
+            with torch.no_grad(), models.policy(transformer, "base"):
+                v_ref = model.velocity(transformer, x_t, t, text)
+            v = model.velocity(transformer, x_t, t, text)
+            loss, values = nft_loss(
+                v, v_old, v_ref, x_t, x_0, t, advantages.to(c.device), c.nft_beta, c.adv_clip, c.kl
+            )
+            share = len(rows) / (num_samples * num_timesteps(c))
+            (loss * share).backward()
+            norm = torch.nn.utils.get_total_norm([p.grad for p in policy])
+            run.guard("update", [prompt], seeds, loss=loss[None], gradient=norm[None])
+            for name, value in values.items():
+                sums[name] += float(value) * share
+        metrics.append(sums)
         gradient += torch.cat([p.grad.flatten() for p in policy])
         run.optimizer.zero_grad()
-    metrics = distributed.gather(metrics)
     distributed.total(gradient)
-    for p, whole in zip(policy, gradient.split(sizes)):
-        p.grad = whole.reshape(p.shape).to(p.dtype)
+    for p, summed in zip(policy, gradient.split(sizes)):
+        p.grad = summed.reshape(p.shape).to(p.dtype)
     norm = torch.nn.utils.clip_grad_norm_(policy, c.max_grad_norm)
-    if not norm.isfinite():  # the sum of finite ones, the same in every process
-        raise NonFinite("gradient", norm, "update", "all of them", seeds[0], "bf16")
     run.optimizer.step()
     run.optimizer.zero_grad()
+    metrics = distributed.gather(metrics)
     sums = {name: sum(prompt[name] for prompt in metrics) for name in metrics[0]}
     return sums | {"grad_norm": float(norm)}
 
 
-def reward_metrics(proxies, rewards):
-    """What is logged of the rewards {name: (P, K)} that were trained on, each under its own name,
-    and of how the explorer had ranked the same candidates: proxies, P times (K,)."""
-    metrics = {f"reward/{name}": values.mean() for name, values in rewards.items()}
-    rewards = rewards["weighted_sum"]
-    metrics |= {
-        "reward/mean": rewards.mean(),
-        "reward/best": rewards.amax(dim=1).mean(),
-        "reward/worst": rewards.amin(dim=1).mean(),
-        "reward/std": rewards.std(correction=0),
-        "reward/spread": (rewards.amax(dim=1) - rewards.amin(dim=1)).mean(),
-        "reward/zero_spread": (rewards.amax(dim=1) == rewards.amin(dim=1)).sum(),
-    }
-    ranks = [
-        selection.rank_fidelity(proxy, truth, rewards.shape[1] // 2)
-        for proxy, truth in zip(proxies, rewards)
-    ]
-    for name in ("kendall_tau", "spearman_rho"):
-        metrics[f"fidelity/{name}"] = sum(rank[name] for rank in ranks) / len(ranks)
-    return {name: float(value) for name, value in metrics.items()}
+def num_timesteps(config):
+    """At how many of the sampling times each sample is trained."""
+    return max(1, round(config.timestep_fraction * config.rollout_steps))
+
+
+def training_pairs(config, model, step):
+    """For each prompt of this process, its micro-batches of (sample, time) pairs: (indices of the
+    prompt's samples, times t (n,), seeds of the noise). Each sample has a random choice of the
+    sampling times without repetition, and noise of its own for each."""
+    c, num_samples = config, config.prompts_per_step * config.keep
+    times, n = rollout.sampling_times(model, c.rollout_steps), num_timesteps(c)
+    first, *seeds = rollout.candidate_seeds(c.seed, step, UPDATE, 1 + num_samples * n)
+    generator = torch.Generator().manual_seed(first)
+    chosen = torch.rand(num_samples, len(times), generator=generator).argsort(dim=1)[:, :n]
+    seeds = torch.tensor(seeds).reshape(num_samples, n)
+    for prompt in distributed.mine(range(c.prompts_per_step)):
+        of_prompt = slice(prompt * c.keep, (prompt + 1) * c.keep)
+        t, noise_seeds = times[chosen[of_prompt]], seeds[of_prompt]  # (K, n)
+        parts = torch.arange(c.keep).split(c.micro_batch)
+        yield [(i, t[i, j], noise_seeds[i, j].tolist()) for i in parts for j in range(n)]
+
+
+def evaluate(run):
+    """{reward: list of its means on each held-out prompt}, for images that the EMA policy draws in
+    BF16, from noise that is the same in every run."""
+    c, n = run.config, len(run.held_out.prompts)
+    rows = [i for i in range(n) for _ in range(c.eval_images)]
+    seeds = [s for i in range(n) for s in rollout.candidate_seeds(0, EVALUATION, i, c.eval_images)]
+    scores = []
+    with models.policy(run.model.transformer, "ema") as ema, run.clock("evaluate"):
+        for i in distributed.mine(range(0, len(rows), c.micro_batch)):
+            batch_rows, batch_seeds = rows[i : i + c.micro_batch], seeds[i : i + c.micro_batch]
+            rollout.seed_globals(batch_seeds[0])
+            noise = rollout.initial_noise(batch_seeds, run.model.latent_shape)
+            text = run.held_out.text.take(batch_rows).to(c.device)
+            x_0 = rollout.sample(run.model, ema, text, noise, c.eval_steps)
+            scores.append(
+                run.score("evaluate", batch_rows, batch_seeds, x_0, run.model.decode(x_0))
+            )
+    scores = rollout.join_scores(distributed.gather(scores))
+    return {name: v.reshape(n, -1).mean(dim=1).tolist() for name, v in scores.items()}
 
 
 # ---------------------------------------------------------------------------------------------
 # A run
 
 
-class Clock:
-    """Seconds by stage: `with clock("explore"): ...`"""
-
-    def __init__(self, device):
-        self.device = torch.device(device)
-        stages = "explore select regenerate reward train evaluate".split()
-        self.seconds = dict.fromkeys(stages, 0.0)
-
-    @contextlib.contextmanager
-    def __call__(self, stage):
-        start = time.perf_counter()
-        yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.seconds[stage] += time.perf_counter() - start
-
-
 class Run:
-    """What an iteration works with: model, explorer, prompts, reward, optimizer, clock."""
+    """What an iteration works with: model, explorers, prompts, reward, optimizer."""
 
     def __init__(self, config):
         c = self.config = config
-        # What is wrong there should not wait for models.
-        trained_on = [name for name, *_ in read_spec(c.reward)]
-        for name, *_ in read_spec(c.eval_rewards, "--eval_rewards") if c.eval_rewards else ():
-            if name in trained_on:
-                raise RewardError(f"--eval_rewards {name}: trained on, and so measured anyway")
-        self.train, self.held_out, self.notes = split_prompts(c)
-        self.fingerprints = {}
-        prompts = checkpoint.prompts_fingerprint(self.train, self.held_out)
-        self.as_before("prompts", prompts, "give the file it had, or start a new run")
-        rewards = checkpoint.rewards_fingerprint(c.reward, c.eval_rewards)
-        forced = "reward" in c.force.split(",")
-        self.as_before("reward", rewards, "--force reward goes on with the file as it is", forced)
+        self.clock, self.stop_flag = Clock(c.device), checkpoint.StopFlag()
+        self.stages, n = ALGORITHMS[c.algorithm](c), c.prompts_per_step
+        pool = self.stages[0].num_candidates
+        require(c.keep <= pool, f"--keep {c.keep}: must be at most --pool {pool}")
+        self.train, self.held_out, self.notes = split_prompts(
+            c.prompts, c.eval_prompts, world.TRAIN_PROMPTS, world.HELD_OUT_PROMPTS
+        )
+        self.notes += c.checkpoint.notes if c.checkpoint else []
+        few = f"there are {len(self.train.prompts)} training prompts; give at most that"
+        require(n <= len(self.train.prompts), f"--prompts_per_step {n}: {few}")
         folder = models.MODELS[c.model].published if c.pretrained == "published" else c.pretrained
         if folder:
             models.check_pretrained(c.model, folder)
-        how = dict(device=c.device, tiny=not folder, weights=c.reward_weights)
         with distributed.first_on_its_node():
-            self.reward, self.eval_rewards = build_reward(c.reward, **how), None
+            clip = None if folder else world.ensure_models() / "clip"
+            self.reward, self.eval_reward = build_reward(c.reward, c.device, clip), None
             if c.eval_rewards:
-                self.eval_rewards = build_reward(c.eval_rewards, **how, option="--eval_rewards")
-            if not folder:
-                import tiny  # with its training code, which a pretrained model does without
-
-                folder = tiny.ensure(c.model) / c.model
-            self.model = models.load(c.model, folder, c.resolution, c.solver, c.device)
-        base = checkpoint.base_fingerprint(self.model.transformer)
-        self.as_before("base model", base, f"its cache or folder ({folder}) must be the one it had")
-        self.clock = Clock(c.device)
-        for part in (self.train, self.held_out):
-            part.text = self.model.encode(part.prompts)
-            for name, (limit, n) in self.model.cut_off(part.prompts).items():
-                if n:
-                    self.notes.append(f"{n} prompts lose what comes after {limit} tokens ({name})")
-            # Two pictures: a model or a reward that fails should do so before anything is written.
-            rows = [0, len(part.prompts) - 1]
-            noise = initial_noise([0, 1], self.model.latent_shape)
-            text = part.text.take(rows).to(c.device)
-            x_0 = sample(self.model, self.model.transformer, text, noise, 1)
-            self.score(self.model.decode(x_0), part, rows, evaluation=part is self.held_out)
+                self.eval_reward = build_reward(c.eval_rewards, c.device, clip, "--eval_rewards")
+            self.model = models.load(c.model, folder or None, c.resolution, device=c.device)
+        transformer = self.model.transformer
+        for stage, prompts in (("train", self.train), ("evaluate", self.held_out)):
+            prompts.text = self.model.encode(prompts.prompts)
+            self.notes += self.model.cut_off(prompts.prompts)
+            # Two images: a model or a reward that fails should fail before anything is written.
+            rows, noise = [0, -1], rollout.initial_noise([0, 1], self.model.latent_shape)
+            text = prompts.text.take(rows).to(c.device)
+            x_0 = rollout.sample(self.model, transformer, text, noise, 1)
+            try:
+                self.score(stage, rows, [0, 1], x_0, self.model.decode(x_0))
+            except NonFinite as error:
+                raise InputError(f"with the untrained model: {error}") from error
         self.model.free_text_encoders()
         if c.gradient_checkpointing:
-            self.model.transformer.enable_gradient_checkpointing()
-        self.explorer, self.layers = None, []
-        if FAMILIES[c.family].quantized:
-            rule = {} if c.quantize_all else dict(skip=self.model.keep_bf16, min_dim=c.min_dim)
-            self.explorer, self.layers = models.make_explorer(
-                self.model, c.precision, **rule, wanted=c.precision_backend
+            transformer.enable_gradient_checkpointing()
+        self.explorers, self.layers, self.backend = {}, [], "explored in BF16"
+        for precision in {stage.precision for stage in self.stages} - {"bf16"}:
+            self.explorers[precision], self.layers = rollout.make_explorer(
+                self.model, precision, self.model.keep_bf16, c.min_dim
             )
+            quantized = sum(outcome == precision for *_, outcome in self.layers)
+            _, line = quant.backend(precision, c.device)
+            self.backend = f"explored in {line}: {quantized} of {len(self.layers)} layers"
         torch.manual_seed(c.seed)
         models.add_lora(self.model, c.lora_rank, alpha=2 * c.lora_rank)
-        self.drawer = self.model.transformer  # what draws in BF16, as the policy switched on
+        self.bf16_network = transformer
         if c.compile:
-            self.drawer = torch.compile(self.drawer)
-            if FAMILIES[c.family].quantized:
-                self.explorer = torch.compile(self.explorer)
+            self.bf16_network = torch.compile(transformer)
+            self.explorers = {p: torch.compile(e) for p, e in self.explorers.items()}
+        self.policies = {a: models.lora_parameters(transformer, a) for a in models.ADAPTERS}
         self.optimizer = torch.optim.AdamW(
-            models.lora_parameters(self.model.transformer, "default"),
-            lr=c.learning_rate,
-            weight_decay=1e-4,
+            self.policies["default"], lr=c.learning_rate, weight_decay=1e-4
         )
 
-    def as_before(self, name, fingerprint, advice, forced=False):
-        """Note what a continued run must find as it was; raises CheckpointError where it does not,
-        unless it is forced."""
-        self.fingerprints[name], c = fingerprint, self.config
-        if c.resume and not forced:
-            if c.checkpoint.about["fingerprints"].get(name) != fingerprint:
-                raise checkpoint.CheckpointError(
-                    f"--resume {c.resume}: not the {name} of the run so far; {advice}"
-                )
-
     def prompts_of(self, step):
-        """Rows of the P training prompts of a step: one pass after another over all of them, each
-        in an order of its own; what is left of a pass and does not fill a step is left out."""
-        P = self.config.prompts_per_step
-        in_pass = len(self.train.prompts) // P
-        seed = candidate_seeds(self.config.seed, step // in_pass, ORDER, 1)[0]
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(self.train.prompts), generator=generator)
-        return order[step % in_pass * P :][:P].tolist()
+        """Indices of the P training prompts of a step. One pass over all prompts follows another,
+        each in an order of its own; the rest of a pass that does not fill a step is left out."""
+        P, n = self.config.prompts_per_step, len(self.train.prompts)
+        (seed,) = rollout.candidate_seeds(self.config.seed, step // (n // P), ORDER, 1)
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+        return order[step % (n // P) * P :][:P].tolist()
 
-    def weighed(self, scores):
-        """What selection and advantages go by of scores {reward: values}."""
-        if self.config.z_score:
-            return self.reward.z_scored_sum(scores)
-        return scores["weighted_sum"]
+    def rollout(self, stage, network, prompt, seeds):
+        """The Candidates of a training prompt that `network` draws from these seeds."""
 
-    def score(self, images, prompts, rows, evaluation=False):
-        """Scores {reward: (n,)} of images of these rows; in evaluation of --eval_rewards too."""
-        said = [prompts.prompts[i] for i in rows], [prompts.metadata[i] for i in rows]
-        with self.clock("evaluate" if evaluation else "reward"):
-            scores = self.reward.scores(images, *said)
-            if evaluation and self.eval_rewards:
-                scores = self.eval_rewards.scores(images, *said) | scores
+        def score(batch_seeds, latents, images):
+            return self.score(stage.name, [prompt] * len(batch_seeds), batch_seeds, latents, images)
+
+        text = self.train.text.take(prompt).to(self.config.device)
+        rollout.seed_globals(seeds[0])
+        with self.clock(stage.name):
+            latents, scores = rollout.draw_and_score(
+                self.model, network, text, seeds, stage.steps, self.config.micro_batch, score
+            )
+        return rollout.Candidates(prompt, seeds, latents, scores)
+
+    def combined_reward(self, scores):
+        """What selection and advantages use of {reward: values}."""
+        return self.reward.z_scored_sum(scores) if self.config.z_score else scores["weighted_sum"]
+
+    def score(self, stage, rows, seeds, latents, images):
+        """Scores {reward: (n,)} of a micro-batch of images of these prompts; in an evaluation those
+        of --eval_rewards too."""
+        prompts = self.held_out if stage == "evaluate" else self.train
+        texts, metadata = ([part[i] for i in rows] for part in (prompts.prompts, prompts.metadata))
+        self.guard(stage, texts, seeds, latents=latents, images=images)
+        with self.clock("evaluate" if stage == "evaluate" else "reward"):
+            try:
+                scores = self.reward.scores(images, texts, metadata)
+                if stage == "evaluate" and self.eval_reward:
+                    scores = self.eval_reward.scores(images, texts, metadata) | scores
+            except NonFinite as error:
+                raise NonFinite(error.what, error.prompt, stage, seeds[error.index]) from error
         return scores
 
+    def guard(self, stage, prompts, seeds, **tensors):
+        """After each micro-batch, before the optimizer moves: raise Stopped if a signal asked for
+        it, and NonFinite if a tensor holds NaN or infinity."""
+        self.stop_flag.check()
+        check_finite(stage, prompts, seeds, **tensors)
 
-def evaluate(run):
-    """{reward: a list of the EMA policy's on each held-out prompt}: means over the prompt's images,
-    whose noise is the same in every run."""
-    c, n = run.config, len(run.held_out.prompts)
-    rows = [i for i in range(n) for _ in range(c.eval_images)]
-    seeds = [s for i in range(n) for s in candidate_seeds(0, EVALUATION, i, c.eval_images)]
-    scores = []
-    with models.policy(run.model.transformer, "ema") as ema:
-        for i in distributed.mine(range(0, len(rows), c.micro_batch)):
-            run.stop.check()
-            seed_globals(seeds[i])
-            part, here = rows[i : i + c.micro_batch], seeds[i : i + c.micro_batch]
-            with run.clock("evaluate"):
-                noise = initial_noise(here, run.model.latent_shape)
-                text = run.held_out.text.take(part).to(c.device)
-                x_0 = sample(run.model, ema, text, noise, c.eval_steps)
-                images = run.model.decode(x_0)
-            about = dict(stage="evaluate", precision="bf16")
-            scores.append(finite_scores(run, images, run.held_out, part, here, **about))
-    scores = joined(distributed.gather(scores))
-    return {k: v.reshape(n, -1).mean(dim=1).tolist() for k, v in scores.items()}
+
+def parse_options(argv=None):
+    """The command line as a checked Config. Raises InputError."""
+    choices = dict(model=models.MODELS, algorithm=ALGORITHMS, select=selection.RULES)
+    choices["precision"] = quant.PRECISIONS
+    return parse(argv, choices, {name: m.paper for name, m in models.MODELS.items()}, __doc__)
 
 
 def train(config):
-    """The whole run; returns the exit code. What a signal, a kill or a NaN leaves of a step is
-    thrown away, and the step is drawn again."""
-    c, run, done = config, Run(config), 0
-    if c.resume:
-        checkpoint.load(run, c.checkpoint.path)
-    distributed.exchange(None)  # all are ready; nothing is written before
-    continuing = checkpoint.resumable(c.output_dir, resuming(c))
-    with checkpoint.Stop() as run.stop, continuing, alone(c), Report(run) as report:
-        if c.resume:
-            done = report.resumed(c.checkpoint)
-        report.begin(done)
+    """The whole run. A step in which a signal stops the run, or NaN is found, is thrown away; a
+    resumed run draws it again."""
+    c = config
+    c.output_dir = distributed.gather([c.output_dir])[0]  # its default holds the time
+    run, done, options = Run(c), 0, dataclasses.asdict(c)
+    names = [[part[0] for part in r.parts] if r else [] for r in (run.reward, run.eval_reward)]
+    for name in set(names[0]) & set(names[1]):
+        raise InputError(f"--eval_rewards {name}: is trained on, so it is measured anyway")
+    with run.stop_flag, Report(options, *names) as report:
+        work = (
+            f"an iteration: {c.prompts_per_step} prompts x {run.stages[0].num_candidates} "
+            f"candidates, {c.keep} of each prompt trained on at {num_timesteps(c)} times, one "
+            f"optimizer step; {len(run.train.prompts)} training and {len(run.held_out.prompts)} "
+            f"held-out prompts; guidance is off"
+        )
+        report.begin(run.backend, run.layers, [work, *run.notes])
+        if c.checkpoint:
+            checkpoint.restore(c.checkpoint, run.policies, run.optimizer)
+            done = c.checkpoint.step
+            report.resume(done)
         try:
             while True:
                 last = done == c.steps
-                try:
-                    if (done % c.eval_every == 0 or last) and not report.is_evaluated(done):
-                        report.evaluated(done, evaluate(run))
-                    if done % c.checkpoint_every == 0 or last:
-                        checkpoint.save(run, report.log(), done)
-                    if last:
-                        report.finish()
-                        return 0
-                    metrics, picture = iteration(run, done)
-                except NonFinite as error:
-                    run.optimizer.zero_grad()
-                    report.nonfinite(done, error)
-                    if c.on_nonfinite == "stop" or error.stage == "evaluate":
-                        report.given_up(checkpoint.found(c.output_dir), error.stage)
-                        return 1
-                    done += 1
-                    report.skipped(done)
-                else:
-                    done += 1
-                    report.step(done, metrics)
-                    if done % c.eval_every == 0 or done == c.steps:
-                        report.picture(done, *picture)
-        except checkpoint.Stopped as stopped:
-            report.stopped(checkpoint.save(run, report.log(), done))
-            return 128 + stopped.args[0]
+                if (done % c.eval_every == 0 or last) and not report.is_evaluated(done):
+                    scores = evaluate(run)
+                    report.evaluated(done, scores, run.clock.take()["evaluate"])
+                if done % c.checkpoint_every == 0 or last:
+                    checkpoint.save(c.output_dir, done, run.policies, run.optimizer, options)
+                if last:
+                    break
+                metrics, drawn = iteration(run, done)
+                done += 1
+                report.step(done, metrics, run.clock.take())
+                if done % c.eval_every == 0 or done == c.steps:
+                    labels = [f"{stage.name}, {stage.precision}" for stage in run.stages]
+                    decode = lambda z: run.model.decode(z.to(c.device))  # noqa: E731
+                    prompt = run.train.prompts[drawn[0][0].prompt]
+                    report.picture(done, prompt, list(zip(labels, drawn[0])), decode)
+        except Stopped:
+            path = checkpoint.save(c.output_dir, done, run.policies, run.optimizer, options)
+            say(f"stopped after {done} steps; --resume {c.output_dir} continues from {path}")
+            raise
+        result = report.finish()
+        if distributed.RANK == 0:
+            models.save_lora(run.model, "ema", Path(c.output_dir) / "lora")
+            report.card(run.model, result)
 
 
 def main(argv=None):
-    """Run the command line; returns the exit code: 0; 2 on bad input; 1 where numbers, memory, the
-    disk, a reward or another process failed; 130 on Ctrl-C, 143 on SIGTERM."""
-    try:
-        with distributed.group():
-            config = distributed.exchange(parse(argv, __doc__))[0]  # the first one's for all
-            return train(config)
-    except SystemExit as request:  # --help
-        return request.code or 0
-    except (distributed.Lost, checkpoint.Ended) as error:
-        ended, code, line = error, 1, str(error)
-    except (*BAD_INPUT, OSError, SafetensorError) as error:
-        ended, code, line = error, 2, f"error: {(str(error).splitlines() or [repr(error)])[0]}"
-    except (MemoryError, RuntimeError) as error:  # of the CPU torch raises a plain one
-        short = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if not short and "can't allocate memory" not in str(error):
-            raise
-        about = str(error).split(". ")[0] or "out of memory"
-        ended, code, line = error, 1, f"{about}; lower --micro_batch or --resolution"
-    except KeyboardInterrupt as error:
-        ended, code, line = error, 130, "left at once; the last checkpoint, if any, is whole"
-    if getattr(ended, "rank", 0):
-        line = f"rank {ended.rank}: {line}"
-    if distributed.RANK == 0 or not hasattr(ended, "rank"):  # others know of it too
-        print(f"train.py: {line}", file=sys.stderr)
-    return code
+    """Run the command line; returns the exit code: 0; 2 on bad input; 1 if numbers, memory or the
+    disk failed; 130 after Ctrl-C; 143 after SIGTERM."""
+    with distributed.group():
+        return exit_code("train.py", lambda: train(parse_options(argv)))
 
 
 if __name__ == "__main__":

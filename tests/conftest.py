@@ -19,12 +19,12 @@ settings.register_profile("thorough", max_examples=20_000, deadline=None)
 settings.load_profile("quick")
 
 
-FAMILIES = ("sana", "flux", "sd3")
+MODEL_NAMES = ("sana", "flux", "sd3")
 
 
 MINIATURE = (
     "--steps 2 --prompts_per_step 1 --pool 6 --keep 4 --explore_steps 1 --rollout_steps 2 "
-    "--eval_steps 1 --eval_images 1 --eval_every 1 --micro_batch 36 --device cpu "
+    "--eval_steps 1 --eval_every 1 --micro_batch 36 --device cpu "
     "--checkpoint_every 1 --prompts"
 ).split() + [str(PROJECT / "tests" / "prompts.txt")]
 
@@ -54,16 +54,16 @@ def outcome(folder):
 @pytest.fixture(scope="session")
 def world():
     """The folder of the pretrained tiny models (made on first use, then cached)."""
-    import tiny
+    from support.world import ensure_models
 
-    return tiny.ensure(*FAMILIES, progress=False)
+    return ensure_models(*MODEL_NAMES)
 
 
 def load(world, name, solver=None):
     """A fresh tiny model in float32."""
     import torch
 
-    import models
+    from support import models
 
     return models.load(name, world / name, 32, solver, dtype=torch.float32)
 
@@ -73,7 +73,7 @@ def sana(world):
     return load(world, "sana")
 
 
-@pytest.fixture(scope="session", params=FAMILIES)
+@pytest.fixture(scope="session", params=MODEL_NAMES)
 def model(request, world):
     """Every tiny model, in float32; a test must leave it as it was."""
     return load(world, request.param)

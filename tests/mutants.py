@@ -4,8 +4,8 @@ are run on the copy. (pytest does not collect this file; it takes about half a m
     python tests/mutants.py             # all; prints one line for each mistake
     python tests/mutants.py follow eta  # those whose description contains one of these words
 
-A mistake is (description, file, what the file says, what it says instead). What is replaced must
-stand in the file exactly once, so that a mistake that no longer fits the code is an error.
+The old text of a mistake must stand in its file exactly once. A mistake that no longer fits the
+code is an error before any test is run.
 """
 
 import shutil
@@ -13,380 +13,503 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 PROJECT = Path(__file__).parent.parent
-TESTS = ["tests/test_method.py", "tests/test_select.py", "tests/test_quant.py"]
-OTHER_TESTS = {"models.py": ["tests/test_rollout.py"], "reward.py": ["tests/test_reward.py"]}
+METHOD = ("tests/test_method.py", "tests/test_select.py", "tests/test_quant.py")
+MODELS = (*METHOD, "tests/test_rollout.py", "tests/test_models.py")
+RUNS = ("tests/test_train.py",)
+RESUMED = ("tests/test_checkpoint.py",)
 
-POLICY_OLD = """        with models.policy(transformer, "old"):
-            drawer = run.explorer if family.quantized else run.drawer
-"""
-REGENERATE_OLD = """            with models.policy(transformer, "old"):
-                samples = rollout(run, "regenerate", run.drawer, row, [seeds[i] for i in kept])
-"""
-V_OLD = """                with torch.no_grad(), models.policy(transformer, "old"):
-                    v_old"""
-V_REF = """                with torch.no_grad(), models.policy(transformer, "base"):
-                    v_ref"""
-STEP_AND_FOLLOW = """        metrics = update(run, [samples.latents for samples in trained], rows, advantages, step)
+
+class Mistake(NamedTuple):
+    description: str
+    file: str
+    old: str  # what the file says
+    new: str  # what it says instead
+    tests: tuple = METHOD
+
+
+POOL = """            with models.policy(transformer, "old"):
+                network ="""
+V_OLD = """            with torch.no_grad(), models.policy(transformer, "old"):
+                v_old"""
+V_REF = """            with torch.no_grad(), models.policy(transformer, "base"):
+                v_ref"""
+STEP_AND_FOLLOW = """        metrics = update(run, samples, step)
         models.follow(transformer, "old", eta=min(0.001 * (step + 1), 0.5))
 """
 FOLLOW_FIRST = "\n".join(reversed(STEP_AND_FOLLOW.rstrip("\n").split("\n"))) + "\n"
-NOISE = "                noise = initial_noise(here, model.latent_shape).to(c.device)\n"
-TEXT = "            text = run.train.text.take([rows[place]] * len(part)).to(c.device)\n"
+SCORES = "scores = distributed.gather([candidates.scores for candidates in samples])"
+TIMES = "torch.rand(num_samples, len(times), generator=generator).argsort(dim=1)"
 CLIP = "    norm = torch.nn.utils.clip_grad_norm_(policy, c.max_grad_norm)\n"
 SUM = "    distributed.total(gradient)\n"
 CLIP_FIRST = "    gradient *= min(1.0, c.max_grad_norm / float(gradient.norm()))\n" + SUM
-SCORES = "zip(*[(e.rewards, t.scores) for e, t in zip(explored, trained)])"
+LAST_ZERO = "        run.optimizer.zero_grad()\n" + SUM
+UPDATED = "    run.optimizer.step()\n    run.optimizer.zero_grad()\n"
+GATHERED = "[result for results in rounds for result in results if result is not missing]"
+EVALUATED = 'prompts = self.held_out if stage == "evaluate" else self.train'
 
 MISTAKES = [
     # iteration
-    (
+    Mistake(
         "advantages from the explorer's rewards",
         "train.py",
-        "[(e.rewards, t.scores) for e, t in zip(explored, trained)]",
-        "[(e.rewards, e.scores) for e, t in zip(explored, trained)]",
+        SCORES,
+        SCORES.replace("candidates.scores for candidates in samples", "k[0].scores for k in drawn"),
     ),
-    ("old policy follows before the optimizer step", "train.py", STEP_AND_FOLLOW, FOLLOW_FIRST),
-    ("eta of the iteration before", "train.py", "0.001 * (step + 1)", "0.001 * step"),
-    ("eta without its cap", "train.py", "min(0.001 * (step + 1), 0.5)", "0.001 * (step + 1)"),
-    (
+    Mistake(
+        "old policy follows before the optimizer step", "train.py", STEP_AND_FOLLOW, FOLLOW_FIRST
+    ),
+    Mistake("eta of the iteration before", "train.py", "0.001 * (step + 1)", "0.001 * step"),
+    Mistake(
+        "eta without its cap", "train.py", "min(0.001 * (step + 1), 0.5)", "0.001 * (step + 1)"
+    ),
+    Mistake(
         "explorer given the policy's weights",
         "train.py",
-        'models.sync(run.explorer, transformer, "old")',
-        'models.sync(run.explorer, transformer, "default")',
+        'sync(explorer, transformer, "old")',
+        'sync(explorer, transformer, "default")',
     ),
-    (
+    Mistake(
         "explorer synced in the first iteration only",
         "train.py",
-        "    if family.quantized:\n        with run.clock",
-        "    if family.quantized and step == 0:\n        with run.clock",
+        "for explorer in run.explorers.values():",
+        "for explorer in run.explorers.values() if step == 0 else ():",
     ),
-    (
+    Mistake(
         "regenerating with the explorer",
         "train.py",
-        REGENERATE_OLD,
-        REGENERATE_OLD.replace("run.drawer", "run.explorer"),
+        "run.explorers.get(stage.precision, run.bf16_network)",
+        "next(iter(run.explorers.values()), run.bf16_network)",
     ),
-    (
+    Mistake(
         "regenerating with explore_steps",
         "train.py",
-        "c.explore_steps if proxy else c.rollout_steps",
-        "c.explore_steps",
+        'Stage("regenerate", "bf16", c.rollout_steps,',
+        'Stage("regenerate", "bf16", c.explore_steps,',
     ),
-    (
+    Mistake(
         "exploring with rollout_steps",
         "train.py",
-        "c.explore_steps if proxy else c.rollout_steps",
-        "c.rollout_steps",
+        'Stage("explore", c.precision, c.explore_steps,',
+        'Stage("explore", c.precision, c.rollout_steps,',
     ),
-    ("pool drawn by the policy", "train.py", POLICY_OLD, POLICY_OLD.replace('"old"', '"default"')),
-    (
+    Mistake(
+        "pool drawn by the policy",
+        "train.py",
+        POOL,
+        POOL.replace('"old"', '"old" if kept else "default"'),
+    ),
+    Mistake(
         "kept seeds drawn again by the policy",
         "train.py",
-        REGENERATE_OLD,
-        REGENERATE_OLD.replace('"old"', '"default"'),
+        POOL,
+        POOL.replace('"old"', '"default" if kept else "old"'),
     ),
-    (
+    Mistake(
         "the same candidates each step",
         "train.py",
-        "seeds = candidate_seeds(c.seed, step, row, c.pool",
-        "seeds = candidate_seeds(c.seed, 0, row, c.pool",
+        "candidate_seeds(c.seed, step, prompt,",
+        "candidate_seeds(c.seed, 0, prompt,",
     ),
-    (
+    Mistake(
         "the same candidates for each prompt",
         "train.py",
-        "seeds = candidate_seeds(c.seed, step, row, c.pool",
-        "seeds = candidate_seeds(c.seed, step, 0, c.pool",
+        "candidate_seeds(c.seed, step, prompt,",
+        "candidate_seeds(c.seed, step, 0,",
     ),
-    (
+    Mistake(
         "kept seeds drawn again in another order than kept",
         "train.py",
-        "[seeds[i] for i in kept]",
-        "[seeds[i] for i in sorted(kept)]",
+        "seeds = candidates.seeds",
+        "seeds = sorted(candidates.seeds)",
     ),
-    (
+    Mistake(
         "other seeds drawn again than kept",
         "train.py",
-        "[seeds[i] for i in kept]",
-        "seeds[: len(kept)]",
+        "seeds = candidates.seeds",
+        "seeds = seeds[: len(candidates.seeds)]",
     ),
-    (
-        "rewards of the kept in another order",
+    Mistake(
+        "candidates of a stage not passed on to the next",
         "train.py",
+        "            seeds = candidates.seeds\n",
+        "",
+    ),
+    Mistake(
+        "rewards of the kept in another order",
+        "rollout.py",
         "scores = {name: values[kept] for",
         "scores = {name: values[sorted(kept)] for",
     ),
-    (
+    Mistake(
+        "seeds of the kept in another order than their latents",
+        "rollout.py",
+        "[self.seeds[i] for i in kept]",
+        "[self.seeds[i] for i in sorted(kept)]",
+    ),
+    Mistake(
+        "latents of the kept in another order than their rewards",
+        "rollout.py",
+        "self.latents[kept]",
+        "self.latents[sorted(kept)]",
+    ),
+    Mistake(
         "another selection rule",
         "train.py",
-        "getattr(selection, c.select)",
+        "selection.RULES[c.select]",
         "selection.mean_deviation",
     ),
-    ("policy never follows into the EMA", "train.py", "eta=c.ema_decay", "eta=1.0"),
+    Mistake("policy never follows into the EMA", "train.py", "eta=c.ema_decay", "eta=1.0"),
     # advantages
-    (
+    Mistake(
         "mean over all prompts",
         "train.py",
         "rewards - rewards.mean(dim=1, keepdim=True)",
         "rewards - rewards.mean()",
     ),
-    ("sample deviation", "train.py", "std(**over, correction=0)", "std(**over)"),
-    ("advantages not clipped", "train.py", ".clamp(-adv_clip, adv_clip)", ""),
-    (
+    Mistake("sample deviation", "train.py", "std(**over, correction=0)", "std(**over)"),
+    Mistake("advantages not clipped", "train.py", ".clamp(-adv_clip, adv_clip)", ""),
+    Mistake(
         "deviation of each prompt",
         "train.py",
         'if std_over == "prompt" else {}',
         "if std_over else {}",
     ),
+    Mistake(
+        "advantages of another prompt than the process's own",
+        "train.py",
+        "zip(samples, distributed.mine(advantages))",
+        "zip(samples, distributed.mine(advantages).flip(0))",
+    ),
     # update
-    (
+    Mistake(
         "noise shared by all times of a sample",
         "train.py",
-        "[seeds[i * trained + j] for i in part]",
-        "[seeds[i * trained] for i in part]",
+        "noise_seeds[i, j].tolist()",
+        "noise_seeds[i, 0].tolist()",
     ),
-    (
+    Mistake(
         "noise shared by all samples",
         "train.py",
-        "[seeds[i * trained + j] for i in part]",
-        "[seeds[j] for i in part]",
+        "noise_seeds[i, j].tolist()",
+        "noise_seeds[0 * i, j].tolist()",
     ),
-    (
+    Mistake(
         "the same noise at each step",
         "train.py",
-        "candidate_seeds(c.seed, step, UPDATE, 1 + n * trained)",
-        "candidate_seeds(c.seed, 0, UPDATE, 1 + n * trained)",
+        "candidate_seeds(c.seed, step, UPDATE,",
+        "candidate_seeds(c.seed, 0, UPDATE,",
     ),
-    (
+    Mistake(
         "the same times for all samples",
         "train.py",
-        "torch.rand(n, len(times), generator=shuffle).argsort(dim=1)",
-        "torch.rand(1, len(times), generator=shuffle).argsort(dim=1).expand(n, -1)",
+        TIMES,
+        "torch.rand(1, len(times), generator=generator).argsort(dim=1).expand(num_samples, -1)",
     ),
-    (
+    Mistake(
         "always the first times",
         "train.py",
-        "torch.rand(n, len(times), generator=shuffle).argsort(dim=1)",
-        "torch.arange(len(times)).expand(n, -1)",
+        TIMES,
+        "torch.arange(len(times)).expand(num_samples, -1)",
     ),
-    (
+    Mistake(
         "the same times with repetition",
         "train.py",
-        "torch.rand(n, len(times), generator=shuffle).argsort(dim=1)",
-        "torch.randint(len(times), (n, len(times)), generator=shuffle)",
+        TIMES,
+        "torch.randint(len(times), (num_samples, len(times)), generator=generator)",
     ),
-    ("v_old of the policy", "train.py", V_OLD, V_OLD.replace('"old"', '"default"')),
-    ("v_ref of the old policy", "train.py", V_REF, V_REF.replace('"base"', '"old"')),
-    (
+    Mistake("v_old of the policy", "train.py", V_OLD, V_OLD.replace('"old"', '"default"')),
+    Mistake("v_ref of the old policy", "train.py", V_REF, V_REF.replace('"base"', '"old"')),
+    Mistake(
         "KL against the old policy",
         "train.py",
         "divergence = ((v - v_ref) ** 2)",
         "divergence = ((v - v_old) ** 2)",
     ),
-    (
+    Mistake(
         "x_t with sample and noise exchanged",
         "train.py",
-        "torch.lerp(target, noise,",
-        "torch.lerp(noise, target,",
+        "torch.lerp(x_0, noise,",
+        "torch.lerp(noise, x_0,",
     ),
-    (
+    Mistake(
         "gradient summed and not averaged",
         "train.py",
         "(loss * share).backward()",
-        "(loss * len(part)).backward()",
+        "(loss * len(rows)).backward()",
     ),
-    (
+    Mistake(
         "gradient averaged over prompts and not over pairs",
         "train.py",
-        "share = len(part) / (n * trained)",
-        "share = len(part) / n",
+        "share = len(rows) / (num_samples * num_timesteps(c))",
+        "share = len(rows) / num_samples",
     ),
-    (
+    Mistake(
         "another prompt's text",
         "train.py",
-        TEXT,
-        TEXT.replace("rows[place]", "rows[place - 1]"),
+        "run.train.text.take([candidates.prompt] * len(rows))",
+        "run.train.text.take([samples[0].prompt] * len(rows))",
     ),
-    (
+    Mistake(
         "another prompt's advantages",
         "train.py",
-        "advantages[place, part]",
-        "advantages[place - 1, part]",
+        "candidates.advantages[rows]",
+        "samples[0].advantages[rows]",
     ),
-    (
+    Mistake(
         "advantages of the samples in another order",
         "train.py",
-        "advantages[place, part]",
-        "advantages[place, part.flip(0)]",
+        "candidates.advantages[rows]",
+        "candidates.advantages[rows.flip(0)]",
     ),
-    (
-        "max_grad_norm ignored",
-        "train.py",
-        CLIP,
-        CLIP.replace("c.max_grad_norm", "float('inf')"),
+    Mistake(
+        "max_grad_norm ignored", "train.py", CLIP, CLIP.replace("c.max_grad_norm", "float('inf')")
     ),
-    ("clipped before the sum over processes", "train.py", SUM, CLIP_FIRST),
-    (
-        "gradient of the step before stays",
-        "train.py",
-        "        run.optimizer.zero_grad()\n    metrics = distributed",
-        "    metrics = distributed",
-    ),
-    ("no weight decay", "train.py", "weight_decay=1e-4", "weight_decay=0"),
-    (
+    Mistake("clipped before the sum over processes", "train.py", SUM, CLIP_FIRST),
+    Mistake("gradient of the step before stays", "train.py", UPDATED, "    run.optimizer.step()\n"),
+    Mistake("gradient of a prompt counted again with the next one", "train.py", LAST_ZERO, SUM),
+    Mistake("no weight decay", "train.py", "weight_decay=1e-4", "weight_decay=0"),
+    Mistake(
         "all times of one sample with the first time's t",
         "train.py",
-        "t, here = times[which[part, j]]",
-        "t, here = times[which[part, 0]]",
+        "(i, t[i, j],",
+        "(i, t[i, 0],",
     ),
     # loss
-    ("the weight w not detached", "train.py", "error.detach().abs()", "error.abs()"),
-    ("w without its least value", "train.py", ".clamp(min=1e-5)", ""),
-    ("r not halved", "train.py", ".clamp(-1, 1) / 2 + 0.5", ".clamp(-1, 1) + 0.5"),
-    (
+    Mistake("the weight w not detached", "train.py", "error.detach().abs()", "error.abs()"),
+    Mistake("w without its least value", "train.py", ".clamp(min=1e-5)", ""),
+    Mistake("r not halved", "train.py", ".clamp(-1, 1) / 2 + 0.5", ".clamp(-1, 1) + 0.5"),
+    Mistake(
         "signs exchanged",
         "train.py",
         "(r * l_plus + (1 - r) * l_minus)",
         "(r * l_minus + (1 - r) * l_plus)",
     ),
-    ("v- without beta", "train.py", "(1 + beta) * v_old - beta * v", "2 * v_old - v"),
-    ("A_max / beta left out", "train.py", "(adv_clip / beta * (", "(1.0 * ("),
-    (
+    Mistake("v- without beta", "train.py", "(1 + beta) * v_old - beta * v", "2 * v_old - v"),
+    Mistake("A_max / beta left out", "train.py", "(adv_clip / beta * (", "(1.0 * ("),
+    Mistake(
         "x_0_hat with the wrong sign",
         "train.py",
-        "x_0_hat = x_t - t * v_sign",
-        "x_0_hat = x_t + t * v_sign",
+        "x_0_hat = x_t - t * v_branch",
+        "x_0_hat = x_t + t * v_branch",
     ),
-    ("w of the whole batch", "train.py", ".abs().mean(dim=1, keepdim=True)", ".abs().mean()"),
+    Mistake(
+        "w of the whole batch", "train.py", ".abs().mean(dim=1, keepdim=True)", ".abs().mean()"
+    ),
     # policies
-    (
+    Mistake(
         "EMA follows the old policy",
-        "models.py",
-        'lora_parameters(transformer, follower), lora_parameters(transformer, "default")',
-        'lora_parameters(transformer, follower), lora_parameters(transformer, "old")',
+        "support/models.py",
+        'default = lora_parameters(transformer, "default")',
+        'default = lora_parameters(transformer, "old")',
+        MODELS,
     ),
-    (
+    Mistake(
         "adapters differ at the start",
-        "models.py",
-        "            p.data = first.data.float().clone()",
+        "support/models.py",
+        "            p.data = value.data.float().clone()",
         "            p.data = p.data.float().clone()",
+        MODELS,
     ),
-    ("alpha is the rank", "train.py", "alpha=2 * c.lora_rank", "alpha=c.lora_rank"),
-    ("follow the wrong way", "models.py", "p.lerp_(new, 1 - eta)", "p.lerp_(new, eta)"),
-    (
+    Mistake("alpha is the rank", "train.py", "alpha=2 * c.lora_rank", "alpha=c.lora_rank"),
+    Mistake(
+        "follow the wrong way",
+        "support/models.py",
+        "p.lerp_(new, 1 - eta)",
+        "p.lerp_(new, eta)",
+        MODELS,
+    ),
+    Mistake(
         "base is the policy",
-        "models.py",
+        "support/models.py",
         "        transformer.disable_adapters()\n",
         "        pass\n",
+        MODELS,
     ),
-    (
+    Mistake(
         "merged with half of the LoRA",
-        "models.py",
+        "rollout.py",
         "layer.get_delta_weight(adapter).float())",
         "layer.get_delta_weight(adapter).float() / 2)",
+        MODELS,
     ),
     # evaluation
-    (
+    Mistake(
         "the policy evaluated and not its EMA",
         "train.py",
         'models.policy(run.model.transformer, "ema")',
         'models.policy(run.model.transformer, "default")',
     ),
-    (
+    Mistake(
         "evaluation's noise depends on the run's seed",
         "train.py",
         "candidate_seeds(0, EVALUATION, i, c.eval_images)",
         "candidate_seeds(c.seed, EVALUATION, i, c.eval_images)",
     ),
-    ("evaluation at rollout_steps", "train.py", "noise, c.eval_steps)", "noise, c.rollout_steps)"),
+    Mistake(
+        "evaluation at rollout_steps", "train.py", "noise, c.eval_steps)", "noise, c.rollout_steps)"
+    ),
+    Mistake(
+        "evaluation draws training prompts",
+        "train.py",
+        "run.held_out.text.take(batch_rows)",
+        "run.train.text.take(batch_rows)",
+    ),
+    Mistake(
+        "evaluation scored with training prompts",
+        "train.py",
+        EVALUATED,
+        "prompts = self.train",
+        RUNS,
+    ),
     # rollout
-    (
+    Mistake(
         "sampling times are not those of sample",
         "rollout.py",
         "return model.scheduler(steps).timesteps.float() / 1000",
         "return torch.linspace(1, 1 / steps, steps)",
     ),
-    (
+    Mistake(
         "noise depends on its place in the micro-batch",
         "rollout.py",
         "torch.Generator().manual_seed(s)) for s in seeds]",
         "torch.Generator().manual_seed(s + i)) for i, s in enumerate(seeds)]",
     ),
     # prompts
-    ("prompts shuffled anew at each step", "train.py", "step // in_pass, ORDER", "step, ORDER"),
-    ("every pass in the same order", "train.py", "step // in_pass, ORDER", "0, ORDER"),
-    (
+    Mistake(
+        "prompts shuffled anew at each step",
+        "train.py",
+        "step // (n // P), ORDER",
+        "step, ORDER",
+    ),
+    Mistake("every pass in the same order", "train.py", "step // (n // P), ORDER", "0, ORDER"),
+    Mistake(
         "prompts of a pass overlap",
         "train.py",
-        "order[step % in_pass * P :][:P]",
-        "order[step % in_pass :][:P]",
+        "order[step % (n // P) * P :][:P]",
+        "order[step % (n // P) :][:P]",
     ),
     # selection and the format, of which more mistakes are caught than are listed here
-    (
+    Mistake(
         "only the best are kept",
         "select.py",
-        "best = _order(values)[: k // 2]",
-        "best = _order(values)[:k]",
+        "best = _from_highest(values)[: k // 2]",
+        "best = _from_highest(values)[:k]",
     ),
-    (
+    Mistake(
         "ties to the higher index",
         "select.py",
         "key=lambda i: (-values[i], i)",
         "key=lambda i: (-values[i], -i)",
     ),
-    (
+    Mistake(
         "scale without 1/6",
         "quant.py",
         "scales = block_amax * (s_enc * (1 / E2M1_MAX))",
         "scales = block_amax * s_enc / 4",
     ),
-    (
+    Mistake(
         "ties to the odd code",
         "quant.py",
-        "torch.where(below % 2 == 0, below, above)",
-        "torch.where(below % 2 == 1, below, above)",
+        "torch.where(tie_down % 2 == 0, tie_down, tie_up)",
+        "torch.where(tie_down % 2 == 1, tie_down, tie_up)",
     ),
-    (
+    Mistake(
         "weights in 1x16 blocks",
         "quant.py",
         "values, scale = _exact_values(weight, precision, (16, 16))",
         "values, scale = _exact_values(weight, precision, (1, 16))",
     ),
-    (
+    Mistake(
         "a layer keeps its old weight",
         "quant.py",
-        "        self.values.copy_(values)  # in place: a compiled model goes on reading these\n",
-        "",
+        "        self.values.copy_(values)",
+        "        values",
+    ),
+    # a run
+    Mistake(
+        "layers of the model's own list quantized too",
+        "train.py",
+        "self.model, precision, self.model.keep_bf16, c.min_dim",
+        "self.model, precision, (), c.min_dim",
+        RUNS,
+    ),
+    Mistake(
+        "advantages from raw and not from z-scored rewards",
+        "train.py",
+        "group_advantages(run.combined_reward(rewards),",
+        'group_advantages(rewards["weighted_sum"],',
+        RUNS,
+    ),
+    Mistake(
+        "proxy's ranks are those of the last stage",
+        "train.py",
+        "kept[0].rewards_of(kept[-1].seeds)",
+        "kept[-1].rewards_of(kept[-1].seeds)",
+        (*METHOD, *RUNS),
+    ),
+    Mistake(
+        "the policy's LoRA saved and not the EMA's",
+        "train.py",
+        'models.save_lora(run.model, "ema",',
+        'models.save_lora(run.model, "default",',
+        RUNS,
+    ),
+    Mistake(
+        "old policy restored from the policy",
+        "support/checkpoint.py",
+        "policies[owner][int(i)].copy_(tensor)",
+        'policies[owner][int(i)].copy_(checkpoint.tensors[f"default.{i}"])',
+        RESUMED,
+    ),
+    Mistake(
+        "a resumed run begins one step later",
+        "train.py",
+        "            done = c.checkpoint.step\n",
+        "            done = c.checkpoint.step + 1\n",
+        RESUMED,
+    ),
+    Mistake(
+        "results gathered process by process",
+        "support/distributed.py",
+        GATHERED,
+        "[result for share in shares for result in share]",
+        ("tests/test_distributed.py",),
     ),
 ]
 
 
-def survives(description, file, old, new):
+def text_with(mistake):
+    """The text of the mistake's file with the mistake in it. Raises SystemExit if none fits."""
+    text = (PROJECT / mistake.file).read_text()
+    if text.count(mistake.old) != 1:
+        count = f"stands {text.count(mistake.old)} times in {mistake.file}"
+        raise SystemExit(f"{mistake.description}: {count}: {mistake.old!r}")
+    return text.replace(mistake.old, mistake.new)
+
+
+def survives(mistake):
     """Whether the tests pass on a copy of the project with this mistake in it."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "project"
         ignore = shutil.ignore_patterns(".git", "runs", "__pycache__", ".*cache", ".hypothesis")
         shutil.copytree(PROJECT, copy, ignore=ignore)
-        text = (copy / file).read_text()
-        if text.count(old) != 1:
-            raise SystemExit(f"{description}: stands {text.count(old)} times in {file}: {old!r}")
-        (copy / file).write_text(text.replace(old, new))
-        tests = TESTS + OTHER_TESTS.get(file, [])
-        run = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+        (copy / mistake.file).write_text(text_with(mistake))
+        run = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *mistake.tests]
         done = subprocess.run(run, cwd=copy, capture_output=True, text=True)
-        last = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-        print(
-            f"{'SURVIVED' if done.returncode == 0 else 'caught':8}  {description}",
-            *last[:1],
-            flush=True,
-        )
-        return done.returncode == 0
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    result = "SURVIVED" if done.returncode == 0 else "caught"
+    print(f"{result:8}  {mistake.description}", *failed[:1], flush=True)
+    return done.returncode == 0
 
 
 def main(words):
-    chosen = [m for m in MISTAKES if not words or any(word in m[0] for word in words)]
-    survivors = [m[0] for m in chosen if survives(*m)]
+    for mistake in MISTAKES:
+        text_with(mistake)
+    chosen = [m for m in MISTAKES if not words or any(word in m.description for word in words)]
+    survivors = [mistake.description for mistake in chosen if survives(mistake)]
     print(f"{len(survivors)} of {len(chosen)} survived: {', '.join(survivors) or 'none'}")
     return bool(survivors)
 

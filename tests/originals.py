@@ -7,8 +7,9 @@ The originals run with old packages, in a virtual environment of their own (Pyth
         open_clip_torch==2.24.0 "pillow<13" ftfy pandas clint webdataset
     pip install --no-deps image-reward==1.5 hpsv2==1.2.0
     python tests/originals.py              # small networks of the same architecture
-    python tests/originals.py --full DIR   # the published sizes: checkpoints and scores in DIR
+    python tests/originals.py --full DIR   # networks of the published sizes
 
+With --full the scores and checkpoints are written to DIR, which has the layout of the hub's cache.
 The networks have random weights that follow from a seed, so they need not be stored: `weights` of
 the same shapes gives them again. hpsv2's package lacks its vocabulary; open_clip's is the same.
 """
@@ -33,31 +34,31 @@ PROMPTS = [
 
 def images():
     """A uint8 (h, w, 3) array for each of SIZES: noise, gradients, grey, what resembles a photo."""
-    draw, found = np.random.RandomState(7), []
+    random, pictures = np.random.RandomState(7), []
     for i, (h, w) in enumerate(SIZES):
         y, x = np.mgrid[0:h, 0:w] / max(h, w)
         if i % 4 == 0:  # noise
-            image = draw.rand(h, w, 3)
+            image = random.rand(h, w, 3)
         elif i % 4 == 1:  # gradients
             image = np.stack([x, y, 1 - (x + y) / 2], axis=-1)
         elif i % 4 == 2:  # soft blobs under a fine grain
-            image = 0.05 * draw.randn(h, w, 3) + 0.2
+            image = 0.05 * random.randn(h, w, 3) + 0.2
             for _ in range(12):
-                cx, cy, r = draw.rand(3)
+                cx, cy, r = random.rand(3)
                 blob = np.exp(-((x - cx) ** 2 + (y - cy) ** 2) / (0.1 * r + 0.005))
-                image += 0.5 * blob[..., None] * draw.rand(3)
+                image += 0.5 * blob[..., None] * random.rand(3)
         else:  # hard edges
-            image = ((8 * x).astype(int) + (8 * y).astype(int))[..., None] % 2 * draw.rand(3)
-        found.append((255 * image.clip(0, 1)).astype(np.uint8))
-    found[5][:] = 128  # grey
-    return found
+            image = ((8 * x).astype(int) + (8 * y).astype(int))[..., None] % 2 * random.rand(3)
+        pictures.append((255 * image.clip(0, 1)).astype(np.uint8))
+    pictures[5][:] = 128  # grey
+    return pictures
 
 
 def weights(shapes, seed):
     """{name: shape} -> {name: float32 array}, so that every parameter matters."""
-    draw, state = np.random.RandomState(seed), {}
+    random, state = np.random.RandomState(seed), {}
     for name, shape in sorted(shapes.items()):
-        values = draw.standard_normal(shape).astype(np.float32)
+        values = random.standard_normal(shape).astype(np.float32)
         if name.endswith("position_ids"):
             state[name] = np.arange(shape[-1])[None]
         elif name == "logit_scale":
@@ -83,9 +84,19 @@ def byte_pairs(merges):
 HUB = {"clipscore": "openai/clip-vit-large-patch14", "pickscore": "yuvalkirstain/PickScore_v1"}
 
 
+def snapshot(cache, repository):
+    """The folder of a repository in a cache of the hub, made if it is missing."""
+    root = Path(cache, f"models--{repository.replace('/', '--')}")
+    folder = root / "snapshots" / "0"
+    for missing in (folder, root / "refs"):
+        missing.mkdir(parents=True, exist_ok=True)
+    (root / "refs" / "main").write_text(folder.name)
+    return folder
+
+
 def make(folder, full):
-    """All that is stored. With `full` in the published sizes; their checkpoints then go into
-    `folder`, named as on the hub."""
+    """All that is stored. With `full` the networks have the published sizes, and their checkpoints
+    are saved in `folder`, a cache of the hub."""
     import gzip
 
     import torch
@@ -162,7 +173,7 @@ def clip(name, act, words, fill, table, hub, full):
     tokenizer = CLIPTokenizerFast.from_pretrained(hub / "words")
     processor = CLIPProcessor(CLIPImageProcessor(**cut), tokenizer)
     if full:
-        model.save_pretrained(hub / HUB[name], safe_serialization=True)
+        model.save_pretrained(snapshot(hub, HUB[name]), safe_serialization=True)
 
     def score(picture, prompt):
         options = dict(padding=True, truncation=True, max_length=77, return_tensors="pt")
@@ -193,9 +204,8 @@ def hpsv2(words, fill, table, hub, full):
     side = config["vision_cfg"]["image_size"]
     transform = image_transform(side, is_train=False, resize_longest_max=True)
     if full:
-        (hub / "xswu/HPSv2").mkdir(parents=True)
         saved = {"epoch": 1, "state_dict": model.state_dict()}
-        torch.save(saved, hub / "xswu/HPSv2/HPS_v2.1_compressed.pt")
+        torch.save(saved, snapshot(hub, "xswu/HPSv2") / "HPS_v2.1_compressed.pt")
 
     def score(picture, prompt):
         out = model(transform(picture)[None], open_clip.tokenize([prompt]))
@@ -228,8 +238,7 @@ def imagereward(words, fill, table, hub, full):
     model = fill(package.ImageReward(str(hub / "med_config.json")), "imagereward", 3)
     model.preprocess = package._transform(224 if full else 32)
     if full:
-        (hub / "THUDM/ImageReward").mkdir(parents=True)
-        torch.save(model.state_dict(), hub / "THUDM/ImageReward/ImageReward.pt")
+        torch.save(model.state_dict(), snapshot(hub, "THUDM/ImageReward") / "ImageReward.pt")
     return table(lambda picture, prompt: model.score(prompt, picture))
 
 

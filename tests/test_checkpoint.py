@@ -1,4 +1,4 @@
-"""Runs that are stopped, damaged, filled up or fed with NaN: nothing of them is lost."""
+"""Runs that are stopped, damaged, filled up or fed with NaN: no earlier checkpoint is lost."""
 
 import errno
 import json
@@ -7,400 +7,110 @@ import pickle
 import random
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import MINIATURE, error_line, lines, outcome
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-import checkpoint
-import models
 import train
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, world):
-    """A run of two steps that nothing happened to; its reward draws from every global generator."""
-    root = tmp_path_factory.mktemp("whole")
-    (root / "dice.py").write_text(
-        "import random, numpy, torch\n"
-        "def dice(images, prompts, metadata):\n"
-        "    luck = random.random() + numpy.random.rand() + float(torch.rand(()))\n"
-        "    return images.mean(dim=(1, 2, 3)) + torch.randn(len(prompts)) / 10 + luck\n"
-    )
-    options = [*MINIATURE, "--reward", f"{root / 'dice.py'}:dice"]
-    assert train.main([*options, "--output_dir", str(root / "run")]) == 0
-    return root / "run", options
-
-
-@pytest.fixture
-def started(whole, tmp_path):
-    """A copy of that run as it was after its first step."""
-    folder = tmp_path / "run"
-    shutil.copytree(whole[0], folder)
-    shutil.rmtree(folder / "checkpoints" / "step_000002")
-    shutil.rmtree(folder / "lora")
-    return folder
-
-
-def resume(folder, *options):
-    """Its reward is a file, which must be said anew."""
-    reward = json.loads((folder / "config.json").read_text())["config"]["reward"]
-    return train.main(["--resume", str(folder), "--reward", reward, *options])
-
+from support import checkpoint, distributed
+from support.errors import InputError, Stopped
+from support.report import reward_metrics
 
 # ---------------------------------------------------------------------------------------------
-# Stopping and continuing
+# Checkpoints by themselves
 
 
-@pytest.mark.parametrize(
-    "where, number, code",
-    [
-        ("evaluate", signal.SIGINT, 130),
-        ("rollout", signal.SIGTERM, 143),
-        ("update", signal.SIGINT, 130),
-    ],
-)
-def test_a_signal_finishes_the_micro_batch_and_what_is_resumed_is_the_unstopped_run(
-    where, number, code, whole, tmp_path, monkeypatch, capfd
-):
-    real, calls, folder = getattr(train, where), [], tmp_path / "run"
-
-    def signalled(run, *arguments):
-        calls.append(where)
-        if len(calls) == 2:
-            os.kill(os.getpid(), number)
-            os.kill(os.getpid(), signal.SIGTERM)  # clusters send several
-        return real(run, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, where, signalled)
-        assert train.main([*whole[1], "--output_dir", str(folder)]) == code
-    said = capfd.readouterr()
-    assert f"continue with: python train.py --resume {folder} --reward" in said.out
-    assert said.err.count("stopping after this micro-batch") == 1
-    assert resume(folder) == 0
-    assert outcome(folder) == outcome(whole[0])
+def small_run(seed=0, steps=1):
+    """(policies of two parameters each, AdamW on "default" after so many steps)."""
+    generator = torch.Generator().manual_seed(seed)
+    policies = {
+        name: [torch.nn.Parameter(torch.randn(size, generator=generator)) for size in ((2, 3), 4)]
+        for name in ("default", "old", "ema")
+    }
+    optimizer = torch.optim.AdamW(policies["default"], lr=0.1)
+    for _ in range(steps):
+        sum(p.square().sum() for p in policies["default"]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return policies, optimizer
 
 
-def test_a_second_ctrl_c_leaves_at_once(whole, tmp_path, monkeypatch, capsys):
-    def twice(run, step):
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGINT)
-        raise AssertionError("still here")
-
-    before = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(train, "iteration", twice)
-    assert train.main([*whole[1], "--output_dir", str(tmp_path / "run")]) == 130
-    assert "left at once; the last checkpoint, if any, is whole" in capsys.readouterr().err
-    assert [s for s, _ in checkpoint.found(tmp_path / "run")] == [0]
-    assert signal.getsignal(signal.SIGINT) is before
+def save(folder, step, run=None, **options):
+    return checkpoint.save(folder, step, *(run or small_run()), options)
 
 
-def test_a_killed_run_continues_to_the_same_log_and_lora_random_rewards_included(whole, started):
-    assert resume(started) == 0
-    assert outcome(started) == outcome(whole[0])
+def contents(path):
+    return {file.name: file.read_bytes() for file in path.iterdir()}
 
 
-def test_a_run_killed_after_its_last_step_writes_its_results(whole, tmp_path, capsys):
-    folder = tmp_path / "run"
-    shutil.copytree(whole[0], folder)
-    shutil.rmtree(folder / "lora")
-    assert resume(folder) == 0 and outcome(folder) == outcome(whole[0])
-    assert "all 2 steps are done" in capsys.readouterr().out
+def equal(one, other):
+    """Whether two dicts of tensors are equal, bit for bit."""
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_latest_is_the_newest_run_and_changed_options_are_named(
-    whole, started, monkeypatch, capsys
-):
-    def error(*options):
-        assert train.main([*options]) == 2
-        return capsys.readouterr().err
+@pytest.mark.parametrize("steps", [0, 3])  # AdamW has no state before its first step
+def test_what_is_restored_is_what_was_saved_and_goes_on_as_it_would_have(steps, tmp_path):
+    run = small_run(0, steps)
+    path = save(tmp_path, 3, run, pool=96)
+    assert contents(path).keys() == {"state.safetensors", "run.json"}
+    names = {f"{policy}.{i}" for policy in ("default", "old", "ema") for i in range(2)}
+    entries = {f"optimizer.{i}.{n}" for i in range(2) for n in ("step", "exp_avg", "exp_avg_sq")}
+    saved = checkpoint.state_tensors(*run)
+    assert saved.keys() == names | (entries if steps else set())
 
-    monkeypatch.chdir(started.parent)
-    assert "no run with checkpoints" in error("--resume", "latest")
-    shutil.move(started, "runs/one")
-    latest = ("--resume", "latest", *whole[1][-2:], "--seed", "9")
-    said = error(*latest, "--pool", "8", "--micro_batch", "36")
-    assert (
-        "--resume runs/one: --pool was 6 and is 8, --seed was 0 and is 9; --force pool,seed" in said
-    )
-    assert "--seed was" not in error(*latest, "--force", "seed", "--keep", "2")
-    assert "--force sed: names" in error(*latest, "--force", "sed")
-    assert "; start a new run" in error(*latest, "--lora_rank", "3")
-    assert "none of model, lora_rank" in error(*latest, "--lora_rank", "3", "--force", "lora_rank")
-    assert "a run goes on in its folder" in error(*latest, "--output_dir", "elsewhere")
-    assert "there is none" in error("--force", "seed")
-    assert "give a run's folder" in error("--resume", "")
-    assert f"say so by --reward {whole[1][-1]}" in error(
-        "--resume", "runs/one"
-    ) and "executes a file" in error("--resume", "runs/one", "--steps", "3")
-    more = ["--learning_rate", "0.5", "--eval_rewards", "clipscore"]
-    assert train.main([*latest[:4], *more, "--force", "learning_rate,eval_rewards"]) == 0
-    said = [line for line in capsys.readouterr().out.splitlines() if " was " in line]
-    assert said == [
-        "--eval_rewards was '' and is 'clipscore'",
-        "--learning_rate was 0.001 and is 0.5",
-    ]
-    assert outcome(Path("runs/one"))[1] != outcome(whole[0])[1]
+    found = checkpoint.newest(tmp_path)
+    assert (found.path, found.step, found.options, found.notes) == (path, 3, {"pool": 96}, [])
+    other = small_run(1, 0)
+    checkpoint.restore(found, *other)
+    assert equal(checkpoint.state_tensors(*other), saved)
+    for policies, optimizer in (run, other):
+        sum(p.sin().sum() for p in policies["default"]).backward()
+        optimizer.step()
+    assert equal(checkpoint.state_tensors(*run), checkpoint.state_tensors(*other))
 
 
-def test_what_is_changed_stays_changed_when_the_run_stops_again(whole, started, monkeypatch):
-    real = train.iteration
-
-    def stopped(run, step):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return real(run, step)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "iteration", stopped)
-        assert resume(started, "--steps", "3", "--keep_checkpoints", "1") == 143
-    assert [p.name for _, p in checkpoint.found(started)] == ["step_000001"]
-    assert resume(started) == 0
-    assert [line["step"] for line in lines(started)] == [0, 1, 2, 3]
+def test_only_the_first_process_writes_but_all_know_the_path(tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "RANK", 1)
+    path = save(tmp_path / "run", 1)
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(distributed, "RANK", 0)
+    assert save(tmp_path / "run", 1) == path and path.is_dir()
 
 
-def test_a_checkpoint_whose_successor_is_not_there_yet_counts(started):
-    path = checkpoint.found(started)[-1][1]
-    aside = path.rename(path.with_name(path.name + checkpoint.ASIDE))
-    assert checkpoint.newest(started).path == aside
-    shutil.copytree(aside, path)
-    assert checkpoint.newest(started).path == path
+def test_the_last_two_up_to_the_step_stay_and_one_is_written_again(tmp_path):
+    for step in (0, 5, 10, 15):
+        save(tmp_path, step)
+    assert [step for step, _ in checkpoint.list_checkpoints(tmp_path)] == [10, 15]
+    save(tmp_path, 10, small_run(7), again=True)  # the newest was damaged, say
+    assert [step for step, _ in checkpoint.list_checkpoints(tmp_path)] == [10, 15]
+    shutil.rmtree(tmp_path / "checkpoints" / "step_000015")
+    assert checkpoint.newest(tmp_path).options == {"again": True}
+    assert equal(checkpoint.newest(tmp_path).tensors, checkpoint.state_tensors(*small_run(7)))
 
 
-# ---------------------------------------------------------------------------------------------
-# Checkpoints that are not as they were written
-
-
-def test_every_byte_flipped_or_cut_is_noticed_or_harmless(whole, tmp_path):
-    path = whole[0] / "checkpoints" / "step_000002"
-    draw, copy = random.Random(0), tmp_path / path.name
-    manifest = json.loads((path / "manifest.json").read_text())
-    shutil.copytree(path, copy)
-    checkpoint.read(copy)
-    for i in range(200):
-        victim = copy / draw.choice([*checkpoint.FILES, "manifest.json"])
-        data = bytearray((path / victim.name).read_bytes())
-        where = draw.randrange(len(data))
-        if draw.random() < 0.5:
-            data[where] ^= 1 << draw.randrange(8)
-        else:
-            del data[where : where + draw.randint(1, len(data))]
-        victim.write_bytes(data)
-        try:
-            checkpoint.read(copy)
-        except checkpoint.CheckpointError as error:
-            assert str(copy) in str(error) and "\n" not in str(error)
-        else:  # the spaces between the manifest's words
-            assert victim.name == "manifest.json" and json.loads(victim.read_text()) == manifest
-        shutil.copy(path / victim.name, victim)
-
-
-def test_of_a_damaged_newest_checkpoint_the_one_before_is_taken_and_said(whole, tmp_path, capsys):
-    folder = tmp_path / "run"
-    shutil.copytree(whole[0], folder)
-    damaged = folder / "checkpoints" / "step_000002" / "state.safetensors"
-    damaged.write_bytes(damaged.read_bytes()[:-1])
-    assert resume(folder) == 0 and outcome(folder) == outcome(whole[0])
-    assert f"{damaged.parent}: state.safetensors is not what" in capsys.readouterr().out
-    for path in (folder / "checkpoints").iterdir():
-        (path / "manifest.json").unlink()
-    before = sorted(folder.rglob("*"))
-    assert resume(folder) == 2 and sorted(folder.rglob("*")) == before
-    assert "no checkpoint is intact" in error_line(capsys.readouterr().err)
-
-
-def sign(path):
-    """Make a checkpoint's manifest agree with its files, as who would harm us can."""
-    files = {name: path / name for name in checkpoint.FILES}
-    manifest = {k: [f.stat().st_size, checkpoint._hash(f)] for k, f in files.items()}
-    (path / "manifest.json").write_text(json.dumps(manifest))
-
-
-def bare(folder):
-    return train.main(["--resume", str(folder)])
-
-
-class Runs:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
-def hostile_tensors(path, change):
-    name = path / "state.safetensors"
-    tensors = load_file(name)
-    save_file(change(tensors), name)
-    sign(path)
-
-
-def hostile_json(path, **changes):
-    about = json.loads((path / "run.json").read_text())
-    (path / "run.json").write_text(json.dumps(about | changes))
-    sign(path)
-
-
-def hostile_options(path, **changes):
-    options = json.loads((path / "run.json").read_text())["options"]
-    hostile_json(path, options=options | changes)
-
-
-def hostile_lines(path, change):
-    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    change(lines)
-    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    sign(path)
-
-
-def header(path):
-    """A safetensors file that claims an absurd shape."""
-    text = json.dumps({"default.0": dict(dtype="F32", shape=[2**40, 2**20], data_offsets=[0, 8])})
-    (path / "state.safetensors").write_bytes(
-        len(text).to_bytes(8, "little") + text.encode() + bytes(8)
-    )
-    sign(path)
-
-
-def first(tensors):
-    return next(k for k in sorted(tensors) if k.startswith("default"))
-
-
-HOSTILE = {
-    "a pickle": lambda path, ran: (
-        (path / "state.safetensors").write_bytes(pickle.dumps(Runs(ran))),
-        sign(path),
-    ),
-    "a torch file": lambda path, ran: (
-        torch.save(Runs(ran), path / "state.safetensors"),
-        sign(path),
-    ),
-    "an absurd shape": lambda path, ran: header(path),
-    "another shape": lambda path, ran: hostile_tensors(
-        path, lambda t: t | {first(t): torch.zeros(2**12, 2)}
-    ),
-    "another dtype": lambda path, ran: hostile_tensors(
-        path, lambda t: t | {first(t): t[first(t)].double()}
-    ),
-    "one tensor more": lambda path, ran: hostile_tensors(
-        path, lambda t: t | {"../../more": torch.zeros(1)}
-    ),
-    "a path out of it": lambda path, ran: (path / "manifest.json").write_text(
-        json.dumps({"../../../config.json": [1, ""]})
-    ),
-    "no file": lambda path, ran: (
-        (path / "manifest.json").unlink(),
-        os.mkfifo(path / "manifest.json"),
-    ),
-    "a link without an end": lambda path, ran: (
-        (path / "manifest.json").unlink(),
-        (path / "manifest.json").symlink_to("/dev/zero"),
-    ),
-    "a link": lambda path, ran: (
-        shutil.move(path / "run.json", path.parent / "elsewhere"),
-        (path / "run.json").symlink_to(path.parent / "elsewhere"),
-    ),
-    "10 GB in a line": lambda path, ran: os.truncate(path / "metrics.jsonl", 10 * 2**30),
-    "10 GB of options": lambda path, ran: os.truncate(path / "run.json", 10 * 2**30),
-    "10 GB of manifest": lambda path, ran: os.truncate(path / "manifest.json", 10 * 2**30),
-    "a deep nest": lambda path, ran: ((path / "run.json").write_text("[" * 10**5), sign(path)),
-    "no options": lambda path, ran: hostile_json(path, options=[]),
-    "an option of no kind": lambda path, ran: hostile_json(path, options={"pool": "many"}),
-    "an unknown option": lambda path, ran: hostile_options(path, shell="rm"),
-    "an absurd option": lambda path, ran: hostile_options(path, pool=10**12),
-    "a zero byte": lambda path, ran: hostile_options(path, prompts="a\0b"),
-    "a reward in a file": lambda path, ran: (
-        (path / "evil.py").write_text(f"open({str(ran)!r}, 'w')"),
-        hostile_options(path, reward=str(path / "evil.py") + ":f"),
-    ),
-    "another step": lambda path, ran: hostile_json(path, step=10**9),
-    "other prompts": lambda path, ran: hostile_json(path, fingerprints={"prompts": "0"}),
-    "no fingerprints": lambda path, ran: hostile_json(path, fingerprints=None),
-    "a text for a number": lambda path, ran: hostile_lines(
-        path, lambda lines: lines[0].update({"eval/reward": "x"})
-    ),
-    "a number for numbers": lambda path, ran: hostile_lines(
-        path, lambda lines: lines[0].update({"eval/rewards": 1.0})
-    ),
-    "a number too many": lambda path, ran: hostile_lines(
-        path, lambda lines: lines[0]["eval/rewards"].append(1.0)
-    ),
-    "a number too large": lambda path, ran: hostile_lines(
-        path, lambda lines: lines[1].update({"loss": 10**400})
-    ),
-    "no number": lambda path, ran: hostile_lines(
-        path, lambda lines: lines[0]["eval/rewards"].__setitem__(0, None)
-    ),
-    "an infinity": lambda path, ran: hostile_lines(
-        path, lambda lines: lines[0]["eval/rewards"].__setitem__(0, float("inf"))
-    ),
-    "prompts without end": lambda path, ran: hostile_options(path, prompts="/dev/zero"),
-    "a link to elsewhere": lambda path, ran: (path.parents[1] / "lora").symlink_to("/"),
-    "half an evaluation": lambda path, ran: hostile_lines(
-        path, lambda lines: lines[0].pop("eval/standard_error")
-    ),
-    "no evaluation before": lambda path, ran: hostile_lines(path, lambda lines: lines.pop(0)),
-    "a line twice": lambda path, ran: hostile_lines(path, lambda lines: lines.append(lines[1])),
-}
-
-
-@pytest.mark.parametrize("what", HOSTILE)
-def test_a_hostile_checkpoint_is_refused_in_a_line_and_executes_nothing(
-    what, started, tmp_path, capsys
-):
-    shutil.rmtree(started / "checkpoints" / "step_000000", ignore_errors=True)
-    HOSTILE[what](started / "checkpoints" / "step_000001", tmp_path / "ran")
-    before = {p: p.read_bytes() for p in started.rglob("*.json*") if p.parent == started}
-    capsys.readouterr()
-    # The reward's file is said, which alone is executed: the right one or, in its place, none.
-    assert (resume if what != "a reward in a file" else bare)(started) == 2
-    assert before == {p: p.read_bytes() for p in before}
-    assert error_line(capsys.readouterr().err)
-    assert not (tmp_path / "ran").exists() and not (started / "lora" / "README.md").exists()
-
-
-def test_nothing_is_written_through_a_link(started, tmp_path):
-    (tmp_path / "victim").write_text("precious")
-    for name in ("config.json", "metrics.jsonl", "curve.png"):
-        (started / f"unfinished.{name}").symlink_to(tmp_path / "victim")
-    assert resume(started) == 0 and (tmp_path / "victim").read_text() == "precious"
-
-
-def test_two_runs_are_never_in_one_folder(whole, started, tmp_path, monkeypatch, capsys):
-    with train.alone(train.parse([*whole[1], "--output_dir", str(tmp_path / "new")])):
-        (tmp_path / "new" / "x").touch()
-        with monkeypatch.context() as patch:  # both found it empty
-            patch.setattr(Path, "iterdir", lambda path: iter(()))
-            assert train.main([*whole[1], "--output_dir", str(tmp_path / "new")]) == 2
-    assert "another run is in it" in capsys.readouterr().err
-    with train.alone(train.parse(["--resume", str(started), *whole[1][-2:]])):
-        assert resume(started) == 2
-    assert "another run is in it" in capsys.readouterr().err and resume(started) == 0
-
-
-def test_a_rewards_file_that_changed_is_noticed(started, whole, tmp_path, capsys):
-    mine = Path(whole[1][-1].partition(":")[0])
-    text = mine.read_text()
-    try:
-        mine.write_text(text + "# another\n")
-        assert resume(started) == 2
-        assert "not the reward of the run so far; --force reward goes on" in capsys.readouterr().err
-        assert resume(started, "--force", "reward") == 0
-    finally:
-        mine.write_text(text)
-
-
-def test_a_base_model_that_is_another_is_noticed(started, monkeypatch, capsys):
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "base_fingerprint", lambda transformer: "another")
-        assert resume(started) == 2
-    assert "not the base model of the run so far" in capsys.readouterr().err
-
-
-# ---------------------------------------------------------------------------------------------
-# A disk that is full, a folder that goes
+def test_of_a_damaged_newest_checkpoint_the_one_before_is_taken_and_said(tmp_path):
+    first, second = save(tmp_path, 1), save(tmp_path, 2)
+    draw = random.Random(0)
+    whole = contents(second)
+    for _ in range(100):
+        name = draw.choice(checkpoint.FILES)
+        (second / name).write_bytes(whole[name][: draw.randrange(len(whole[name]))])
+        found = checkpoint.newest(tmp_path)
+        assert found.path == first
+        (note,) = found.notes
+        assert str(second) in note and "the one before is taken" in note and "\n" not in note
+        (second / name).write_bytes(whole[name])
+    (first / "run.json").unlink()
+    (second / "state.safetensors").unlink()
+    with pytest.raises(InputError, match=f"no checkpoint can be read; {second}") as error:
+        checkpoint.newest(tmp_path)
+    assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match="there is no checkpoint in it"):
+        checkpoint.newest(tmp_path / "nowhere")
 
 
 def full_disk(monkeypatch, at):
@@ -431,66 +141,277 @@ def full_disk(monkeypatch, at):
 
 
 @pytest.mark.parametrize("step", [1, 2])
-def test_a_disk_full_at_any_write_of_a_checkpoint_harms_none_before(
-    step, started, tmp_path, monkeypatch
-):
-    """Of the second step's, and of the first's when it is written again."""
-
-    def contents(path):
-        return {file.name: file.read_bytes() for file in path.iterdir()}
-
-    last = contents(checkpoint.found(started)[-1][1])
+def test_a_disk_full_at_any_write_of_a_checkpoint_harms_none_before(step, tmp_path, monkeypatch):
+    """Writing the second step's, and the first's again, which is the only one."""
+    run = small_run()
     for at in range(1, 99):
-        folder = shutil.copytree(started, tmp_path / f"at_{at}")
+        folder = tmp_path / f"at_{at}"
+        save(folder, 1, run)
         with monkeypatch.context() as patch:
             done = full_disk(patch, at)
-            patch.setattr(checkpoint, "_tensors", lambda run: {"default.0": torch.zeros(2, 2)})
             try:
-                checkpoint.save(Nothing(folder), '{"step": 0}\n', step)
+                save(folder, step, run)
             except OSError:
                 assert len(done) == at
             else:
                 break
-        there = checkpoint.found(folder)
-        assert {p for p in (folder / "checkpoints").iterdir()} == {p for _, p in there}, "half"
-        assert last in [contents(path) for _, path in there]
-    assert at > 10 and checkpoint.found(folder)[-1][0] == step
-    assert not list((folder / "checkpoints").glob("*" + checkpoint.ASIDE))
+        paths = [path for _, path in checkpoint.list_checkpoints(folder)]
+        assert set((folder / "checkpoints").iterdir()) == set(paths), "something half is left"
+        found = checkpoint.newest(folder)
+        assert not found.notes and equal(found.tensors, checkpoint.state_tensors(*run))
+    assert at > 7 and checkpoint.newest(folder).step == step
 
 
-class Nothing:
-    """As much of a run as a checkpoint needs."""
-
-    def __init__(self, folder):
-        self.config = train.parse(["--output_dir", str(folder) + "_"])
-        self.config.output_dir = str(folder)
-        self.fingerprints = {}
+# ---------------------------------------------------------------------------------------------
+# Checkpoints that somebody else made
 
 
-@pytest.mark.parametrize("trouble", ["full", "deleted", "reward"])
-def test_what_fails_a_run_from_outside_says_how_it_goes_on(
-    trouble, whole, started, monkeypatch, capsys
+class Runs:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def absurd_shape():
+    header = {"default.0": dict(dtype="F32", shape=[2**40, 2**20], data_offsets=[0, 8])}
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(8)
+
+
+HOSTILE = {
+    "a pickle": lambda state, run, ran: state.write_bytes(pickle.dumps(Runs(ran))),
+    "a torch file": lambda state, run, ran: torch.save(Runs(ran), state),
+    "an absurd shape": lambda state, run, ran: state.write_bytes(absurd_shape()),
+    "no file": lambda state, run, ran: (state.unlink(), state.mkdir()),
+    "a deep nest": lambda state, run, ran: run.write_text("[" * 10**5),
+    "a list": lambda state, run, ran: run.write_text("[1]"),
+    "no options": lambda state, run, ran: run.write_text('{"step": 1}'),
+    "options of no kind": lambda state, run, ran: run.write_text('{"step": 1, "options": [1]}'),
+    "another step": lambda state, run, ran: run.write_text('{"step": 9, "options": {}}'),
+    "no text": lambda state, run, ran: run.write_bytes(b"\xff\xfe"),
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_a_hostile_checkpoint_is_refused_in_a_line_and_executes_nothing(what, tmp_path):
+    path = save(tmp_path, 1)
+    HOSTILE[what](path / "state.safetensors", path / "run.json", tmp_path / "ran")
+    with pytest.raises(InputError) as error:
+        checkpoint.newest(tmp_path)
+    assert "no checkpoint can be read" in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"old.1": torch.zeros(2)}, "its old.1 is ('torch.float32', [2]), this run's ('torch."),
+        ({"ema.0": torch.zeros(2, 3).double()}, "its ema.0 is ('torch.float64', [2, 3])"),
+        ({"../../more": torch.zeros(1)}, "its ../../more is ('torch.float32', [1]), this run's No"),
+        ({"default.0": None}, "its default.0 is None"),
+        ({"optimizer.1.exp_avg": None}, "its optimizer.1.exp_avg is None"),
+        ({"optimizer.0.step": torch.zeros(9)}, "its optimizer.0.step is ('torch.float32', [9])"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused_and_nothing_is_changed(changes, says, tmp_path):
+    path = save(tmp_path, 1)
+    tensors = checkpoint.newest(tmp_path).tensors | changes
+    save_file({k: v for k, v in tensors.items() if v is not None}, path / "state.safetensors")
+    run = small_run(5)
+    before = {name: tensor.clone() for name, tensor in checkpoint.state_tensors(*run).items()}
+    with pytest.raises(InputError) as error:
+        checkpoint.restore(checkpoint.newest(tmp_path), *run)
+    assert says in str(error.value) and str(path) in str(error.value)
+    assert equal(checkpoint.state_tensors(*run), before)
+
+
+# ---------------------------------------------------------------------------------------------
+# Signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_noticed_by_the_next_check_and_said_once(number, capfd):
+    before = signal.getsignal(number)
+    with checkpoint.StopFlag() as stop:
+        stop.check()
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), signal.SIGTERM)  # clusters send several
+        with pytest.raises(Stopped) as stopped:
+            stop.check()
+    assert stopped.value.signal == number and signal.getsignal(number) is before
+    assert capfd.readouterr().err == "\nstopping after this micro-batch; Ctrl-C leaves at once\n"
+
+
+def test_a_second_ctrl_c_leaves_at_once():
+    with pytest.raises(KeyboardInterrupt), checkpoint.StopFlag():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+# ---------------------------------------------------------------------------------------------
+# Runs that stop and continue
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, world):
+    """A run of two steps that nothing happened to; its reward draws from every global generator."""
+    root = tmp_path_factory.mktemp("whole")
+    (root / "dice.py").write_text(
+        "import random, numpy, torch\n"
+        "def dice(images, prompts, metadata):\n"
+        "    luck = random.random() + numpy.random.rand() + float(torch.rand(()))\n"
+        "    return images.mean(dim=(1, 2, 3)) + torch.randn(len(prompts)) / 10 + luck\n"
+    )
+    options = [*MINIATURE, "--reward", f"{root / 'dice.py'}:dice"]
+    assert train.main([*options, "--output_dir", str(root / "run")]) == 0
+    return root / "run", options
+
+
+@pytest.fixture
+def started(whole, tmp_path):
+    """A copy of that run as it was after its first step; the log had got further."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole[0], folder)
+    shutil.rmtree(folder / "checkpoints" / "step_000002")
+    shutil.rmtree(folder / "lora")
+    return folder
+
+
+def resume(folder, *options):
+    """Its reward is a file, which must be named again."""
+    reward = json.loads((folder / "config.json").read_text())["config"]["reward"]
+    return train.main(["--resume", str(folder), "--reward", reward, *options])
+
+
+@pytest.mark.parametrize(
+    "owner, where, number, code",
+    [
+        (train, "evaluate", signal.SIGINT, 130),
+        (train.Run, "rollout", signal.SIGTERM, 143),
+        (train, "update", signal.SIGINT, 130),
+    ],
+    ids=["evaluate", "rollout", "update"],
+)
+def test_a_signal_finishes_the_micro_batch_and_what_is_resumed_is_the_unstopped_run(
+    owner, where, number, code, whole, tmp_path, monkeypatch, capfd
 ):
-    def iteration(run, step):
-        if trouble == "deleted":
-            shutil.rmtree(started)
-        if trouble == "reward":
-            raise train.RewardError("reward mine: no answer")
+    real, calls, folder = getattr(owner, where), [], tmp_path / "run"
+
+    def signalled(run, *arguments):
+        calls.append(where)
+        if len(calls) == 2:
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), signal.SIGTERM)  # clusters send several
+        return real(run, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, where, signalled)
+        assert train.main([*whole[1], "--output_dir", str(folder)]) == code
+    said = capfd.readouterr()
+    assert f"--resume {folder} continues" in said.out
+    assert said.err.count("stopping after this micro-batch") == 1
+    assert resume(folder) == 0
+    assert outcome(folder) == outcome(whole[0])
+
+
+def test_a_second_ctrl_c_ends_a_run_and_leaves_its_checkpoints(
+    whole, tmp_path, monkeypatch, capsys
+):
+    def twice(run, step):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("still here")
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(train, "iteration", twice)
+    assert train.main([*whole[1], "--output_dir", str(tmp_path / "run")]) == 130
+    assert "stopped at once" in capsys.readouterr().err
+    assert [step for step, _ in checkpoint.list_checkpoints(tmp_path / "run")] == [0]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_killed_run_continues_to_the_same_log_and_lora_random_rewards_included(whole, started):
+    with open(started / "metrics.jsonl", "a") as log:
+        log.write('{"step": 3, "lo')  # it was killed while it wrote
+    assert resume(started) == 0
+    assert outcome(started) == outcome(whole[0])
+
+
+def test_a_run_killed_after_its_last_step_writes_its_results(whole, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(whole[0], folder)
+    shutil.rmtree(folder / "lora")
+    assert resume(folder) == 0 and outcome(folder) == outcome(whole[0])
+    assert "all steps are done" in capsys.readouterr().out
+
+
+def test_what_is_changed_stays_changed_when_the_run_stops_again(whole, started, monkeypatch):
+    real = train.iteration
+
+    def stopped(run, step):
+        os.kill(os.getpid(), signal.SIGTERM)
         return real(run, step)
 
-    real = train.iteration
     with monkeypatch.context() as patch:
-        patch.setattr(train, "iteration", iteration)
-        if trouble == "full":
-            full_disk(patch, 4)  # the log's, after config.json's
+        patch.setattr(train, "iteration", stopped)
+        assert resume(started, "--steps", "3") == 143
+    assert [step for step, _ in checkpoint.list_checkpoints(started)] == [1]
+    assert resume(started) == 0
+    assert [line["step"] for line in lines(started)] == [0, 1, 2, 3]
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_run_goes_on_from_the_one_before(
+    whole, tmp_path, capsys
+):
+    folder = tmp_path / "run"
+    shutil.copytree(whole[0], folder)
+    damaged = folder / "checkpoints" / "step_000002" / "state.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    assert resume(folder) == 0 and outcome(folder) == outcome(whole[0])
+    assert f"{damaged.parent}: cannot be read" in capsys.readouterr().out
+    for path in (folder / "checkpoints").iterdir():
+        (path / "run.json").unlink()
+    before = sorted(folder.rglob("*"))
+    assert resume(folder) == 2 and sorted(folder.rglob("*")) == before
+    assert "no checkpoint can be read" in error_line(capsys.readouterr().err)
+
+
+def test_a_reward_in_a_file_that_only_the_checkpoint_names_is_not_executed(
+    started, tmp_path, capsys
+):
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    path = started / "checkpoints" / "step_000001" / "run.json"
+    contents = json.loads(path.read_text())
+    contents["options"]["reward"] = f"{tmp_path / 'evil.py'}:f"
+    path.write_text(json.dumps(contents))
+    before = {p: p.read_bytes() for p in started.rglob("*") if p.is_file()}
+    assert train.main(["--resume", str(started)]) == 2
+    assert "the run executes a file" in error_line(capsys.readouterr().err)
+    assert before == {p: p.read_bytes() for p in started.rglob("*") if p.is_file()}
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_the_run(started, capsys):
+    path = started / "checkpoints" / "step_000001" / "state.safetensors"
+    tensors = checkpoint.newest(started).tensors
+    save_file(tensors | {"default.0": torch.zeros(2**12, 2)}, path)
+    assert resume(started) == 2
+    assert "its default.0 is ('torch.float32', [4096, 2])" in error_line(capsys.readouterr().err)
+    assert not (started / "lora").exists()
+
+
+def test_a_full_disk_ends_the_run_in_a_line_and_it_can_go_on(whole, started, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        full_disk(patch, 6)
         assert resume(started) == 1
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    if trouble == "deleted":
-        assert "No such file" in said and said.endswith("when that is mended, start again")
-    else:
-        assert f"mended, continue with: python train.py --resume {started} --reward" in said
-        assert resume(started) == 0
-        assert outcome(started) == outcome(whole[0])
+    assert said == "train.py: [Errno 28] No space left on device"
+    assert resume(started) == 0
+    assert outcome(started) == outcome(whole[0])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -499,110 +420,63 @@ def test_what_fails_a_run_from_outside_says_how_it_goes_on(
 
 def broken(run, where):
     """What to patch so that the run's next step meets a NaN there."""
-    nan, model = lambda x: x * float("nan"), run.model  # noqa: E731
-    draw, decode, velocity, nft = train.draw, model.decode, model.velocity, train.nft_loss
-
-    def only_with_gradient(transformer, x, *rest):
-        v = velocity(transformer, x, *rest)
-        return nan(v) if torch.is_grad_enabled() else v
-
+    nan, rollout = lambda x: x * float("nan"), sys.modules["rollout"]  # noqa: E731
+    draw, decode, nft_loss = rollout.draw, run.model.decode, train.nft_loss
     return {
-        "latents": (train, "draw", lambda *a: (nan(draw(*a)[0]), draw(*a)[1])),
-        "images": (model, "decode", lambda x: nan(decode(x))),
+        "latents": (rollout, "draw", lambda *a: (nan(draw(*a)[0]), draw(*a)[1])),
+        "images": (run.model, "decode", lambda x: nan(decode(x))),
         "reward": (run.reward, "parts", [("bad", 1.0, lambda i, p, m: [float("inf")] * len(p))]),
-        "velocity": (model, "velocity", only_with_gradient),
-        "loss": (train, "nft_loss", lambda *a: tuple([nan(x[0]), x[1]] for x in [nft(*a)])[0]),
+        "loss": (train, "nft_loss", lambda *a: tuple([nan(x[0]), x[1]] for x in [nft_loss(*a)])[0]),
         "gradient": (torch.nn.utils, "get_total_norm", lambda g: torch.tensor(float("nan"))),
     }[where]
 
 
-@pytest.mark.parametrize(
-    "where, choice",
-    [
-        ("latents", "skip"),
-        ("images", "stop"),
-        ("reward", "stop"),
-        ("velocity", "stop"),
-        ("loss", "stop"),
-        ("gradient", "skip"),
-    ],
-)
-def test_nan_stops_the_step_before_the_optimizer_moves_and_says_where(
-    where, choice, tmp_path, world, monkeypatch, capsys
+@pytest.mark.parametrize("where", ["latents", "images", "reward", "loss", "gradient"])
+def test_nan_stops_the_run_before_the_optimizer_moves_and_says_where(
+    where, whole, started, monkeypatch, capsys
 ):
-    real, out, unmoved = train.iteration, tmp_path / "run", []
+    """The log and the checkpoint that it leaves are those from which the killed run above continues
+    to the same results."""
+    real, unmoved = train.iteration, []
 
     def iteration(run, step):
-        if step != 1:
-            return real(run, step)
-        policy = models.lora_parameters(run.model.transformer, "default")
-        before = [p.detach().clone() for p in policy]
+        before = [p.detach().clone() for p in run.policies["default"]]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(*broken(run, where))
             try:
                 return real(run, step)
             finally:
-                unmoved.append(all(torch.equal(a, b) for a, b in zip(before, policy)))
+                after = run.policies["default"]
+                unmoved.append(all(torch.equal(a, b) for a, b in zip(before, after)))
 
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "iteration", iteration)
-        options = [*MINIATURE, "--steps", "3", "--on_nonfinite", choice, "--output_dir", str(out)]
-        assert train.main(options) == (1 if choice == "stop" else 0)
-    assert unmoved == [True]
-    said = capsys.readouterr().err
-    for word in (where, "prompt 'a", "seed", "nothing was updated"):
-        assert word in said
-    (dump,) = (out / "nonfinite").iterdir()
-    assert not torch.isfinite(load_file(dump)["value"]).all()
-    log = lines(out)
-    if choice == "skip":
-        assert [line["step"] for line in log] == [0, 1, 2, 3]
-        assert log[2]["nonfinite/skipped"] == 1 and "loss" in log[3]
-    else:
-        assert [line["step"] for line in log] == [0, 1]
-        assert [step for step, _ in checkpoint.found(out)] == [0, 1]
+    monkeypatch.setattr(train, "iteration", iteration)
+    assert resume(started) == 1 and unmoved == [True]
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    stage = "update" if where in ("loss", "gradient") else "explore"
+    for words in (f"NaN or infinity in the {where}", "prompt 'a", f"stage {stage}", "seed "):
+        assert words in said
+    assert lines(started) == lines(whole[0])[:2]
+    (path,) = (started / "checkpoints").iterdir()
+    saved = contents(whole[0] / "checkpoints" / path.name)
+    assert contents(path)["state.safetensors"] == saved["state.safetensors"]
 
 
 def test_nan_in_an_evaluation_ends_the_run_and_leaves_the_checkpoints_before(
     tmp_path, world, capsys
 ):
     """A gradient that is finite may still ruin the policy."""
-    out = tmp_path / "run"
-    options = "--learning_rate 1e20 --keep_checkpoints 1 --on_nonfinite skip".split()
-    assert train.main([*MINIATURE, *options, "--output_dir", str(out)]) == 1
-    said = capsys.readouterr()
-    assert "NaN or infinity in the images, evaluate in bf16, prompt 'a" in said.err
-    (dump,) = (out / "nonfinite").iterdir()
-    assert not torch.isfinite(load_file(dump)["value"]).all()
-    assert [step for step, _ in checkpoint.found(out)] == [0]
-    forced = "--force learning_rate --learning_rate"
-    assert f"continue with: python train.py --resume {out} {forced} LOWER" in said.out
-    assert train.main(["--resume", str(out), *forced.split(), "0.001"]) == 0
-    assert [line["step"] for line in lines(out)] == [0, 1, 2]
+    folder = tmp_path / "run"
+    options = [*MINIATURE, "--learning_rate", "1e20", "--output_dir", str(folder)]
+    assert train.main(options) == 1
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "NaN or infinity in the " in said and "stage evaluate" in said and "prompt 'a" in said
+    assert [step for step, _ in checkpoint.list_checkpoints(folder)] == [0]
 
 
-def test_a_run_of_which_every_step_was_skipped_goes_on(world, tmp_path, monkeypatch):
-    """AdamW has no state then."""
-    real, folder = train.iteration, tmp_path / "run"
-
-    def iteration(run, step):
-        if step == 0:
-            raise train.NonFinite("loss", torch.tensor(float("nan")), "update", "a", 1, "bf16")
-        os.kill(os.getpid(), signal.SIGTERM)
-        return real(run, step)
-
-    options = [*MINIATURE, "--on_nonfinite", "skip", "--output_dir", str(folder)]
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "iteration", iteration)
-        assert train.main(options) == 143
-    assert train.main(["--resume", str(folder)]) == 0
-    assert ["loss" in line for line in lines(folder)] == [False, False, True]
-    assert "for 1 steps" in (folder / "lora" / "README.md").read_text()
-
-
-def test_equal_rewards_have_no_advantage_and_are_counted(world, tmp_path):
+def test_equal_rewards_have_no_advantage_and_are_counted():
     rewards = torch.tensor([[0.1] * 3, [0.2, 0.3, 0.4]])
     advantages = train.group_advantages(rewards)
     assert advantages[0].tolist() == [0, 0, 0] and advantages[1].abs().max() > 0.5
-    metrics = train.reward_metrics(rewards, {"weighted_sum": rewards})
+    rank_fidelity = train.selection.rank_fidelity
+    metrics = reward_metrics(rewards, {"weighted_sum": rewards}, rank_fidelity)
     assert metrics["reward/zero_spread"] == 1

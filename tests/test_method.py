@@ -17,20 +17,19 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from conftest import FAMILIES, PROJECT, load
+from conftest import MODEL_NAMES, PROJECT, load
 
-import checkpoint
-import models
 import train
-from config import parse
-from rollout import candidate_seeds, initial_noise, sample, sampling_times
+from rollout import Candidates, candidate_seeds, initial_noise, sample, sampling_times, sync
+from support import models
 
 RANK, SEED, STEP = 16, 7, 3
+UNQUANTIZED = 999_999  # --min_dim: every layer of the explorer stays in BF16
 BETA, A_MAX, KL = 0.7, 0.8, 0.5  # so that each has an effect that shows
 OPTIONS = (
     "--prompts_per_step 2 --pool 6 --keep 4 --explore_steps 2 --rollout_steps 5 --micro_batch 3 "
-    f"--precision bf16 --eval_steps 3 --eval_images 2 --lora_rank {RANK} --seed {SEED} --kl {KL} "
-    f"--nft_beta {BETA} --adv_clip {A_MAX} --max_grad_norm 1e9 --device cpu --prompts"
+    f"--min_dim {UNQUANTIZED} --eval_steps 3 --lora_rank {RANK} --seed {SEED} --kl {KL} "
+    f"--nft_beta {BETA} --max_grad_norm 1e9 --device cpu --prompts"
 ).split() + [str(PROJECT / "tests" / "prompts.txt")]
 
 # Rewards of the six candidates that are explored for each of the two prompts, and of the four that
@@ -124,11 +123,12 @@ class Recording:
 
 def prepared(world, name="sana", algorithm="sol_rl", options=()):
     """A run whose four policies differ, in float32."""
-    run = train.Run(parse(["--model", name, "--family", algorithm, *OPTIONS, *options]))
-    run.stop = checkpoint.Stop()
+    config = train.parse_options(["--model", name, "--algorithm", algorithm, *OPTIONS, *options])
+    run = train.Run(dataclasses.replace(config, adv_clip=A_MAX, eval_images=2))
     run.model.transformer.float()
-    if run.explorer is not None and run.config.precision == "bf16":
-        run.explorer.float()
+    for explorer in run.explorers.values():
+        if run.config.min_dim == UNQUANTIZED:
+            explorer.float()
     g = torch.Generator().manual_seed(0)
     for adapter in models.ADAPTERS:
         for p in models.lora_parameters(run.model.transformer, adapter):
@@ -153,7 +153,7 @@ def iterate(run, step, rewards):
     def recorded_velocity(network, x_t, t, text):
         v = velocity(network, x_t, t, text)
         if not seen.losses:  # what comes later is the update
-            seen.calls.append((network is run.explorer, x_t.clone(), t, text, v.detach()))
+            seen.calls.append((network in run.explorers.values(), x_t.clone(), t, text, v.detach()))
         return v
 
     def recorded_decode(latents):
@@ -286,14 +286,15 @@ def test_the_kept_seeds_are_drawn_again_from_the_same_noise_in_the_same_order(re
 
 
 def test_the_explorer_differs_from_the_policy_in_precision_alone(world):
-    """And it holds the old policy: with --precision nvfp4 its velocity is nearest to that one's."""
-    run = prepared(world, options=["--precision", "nvfp4"])
-    models.sync(run.explorer, run.model.transformer, "old")
+    """And it holds the old policy: in NVFP4 its velocity is nearest to that one's."""
+    run = prepared(world, options=["--min_dim", "0"])
+    (explorer,) = run.explorers.values()
+    sync(explorer, run.model.transformer, "old")
     text = run.train.text.take([0] * 8)
     noise, t = initial_noise(range(8), run.model.latent_shape), torch.full((8,), 0.7)
     naive = Naive(world)
     with torch.no_grad():
-        v = run.model.velocity(run.explorer, noise, t, text)
+        v = run.model.velocity(explorer, noise, t, text)
         policies = {a: lora(run.model.transformer, a) for a in models.ADAPTERS} | {"base": {}}
         away = {}
         for name, pairs in policies.items():
@@ -303,7 +304,7 @@ def test_the_explorer_differs_from_the_policy_in_precision_alone(world):
 
 
 @pytest.mark.parametrize("solver", models.SOLVERS)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", MODEL_NAMES)
 def test_the_sampling_times_are_those_at_which_a_sample_is_drawn(name, solver, world):
     model, seen = load(world, name, solver), []
     velocity = model.velocity
@@ -325,7 +326,7 @@ def test_the_sampling_times_are_those_at_which_a_sample_is_drawn(name, solver, w
 def trained(run, seen):
     """{(prompt, candidate): its rows of `losses`}. A sample is known by its x_0, which must be one
     of those that the prompt's last rollout drew."""
-    n = {"sol_rl": 4, "diffusionnft": 4}.get(run.config.family, 6)
+    n = {"sol_rl": 4, "diffusionnft": 4}.get(run.config.algorithm, 6)
     drawn = torch.cat(seen.decoded).split(len(torch.cat(seen.decoded)) // 2)
     samples = [x_0 for prompt in drawn for x_0 in prompt[-n:]]
     rows = {}
@@ -436,8 +437,9 @@ def test_after_the_optimizer_step_the_old_policy_and_the_ema_follow_the_new_poli
     run, iterations = recordings("sol_rl")
     parameters = {k: [p.clone() for p in v] for k, v in iterations[0].before["default"].items()}
     flat = [p.requires_grad_() for pair in parameters.values() for p in pair]
-    lr = run.config.learning_rate
-    adamw = torch.optim.AdamW(flat, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-4)
+    settings = dict(lr=run.config.learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-4)
+    assert settings.items() <= run.optimizer.param_groups[0].items()  # the decay alone is too small
+    adamw = torch.optim.AdamW(flat, **settings)
     for seen in iterations:
         for p, g in zip(flat, [g for pair in seen.gradient.values() for g in pair]):
             p.grad = g
@@ -475,7 +477,10 @@ def updated(world):
         hook = run.optimizer.register_step_pre_hook(
             lambda *_: seen.append(torch.cat([p.grad.flatten() for p in policy]))
         )
-        metrics = train.update(run, x_0, [0, 1], torch.tensor(ADVANTAGES), STEP)
+        samples = [
+            Candidates(i, [0] * 4, x_0[i], {}, torch.tensor(ADVANTAGES[i])) for i in range(2)
+        ]
+        metrics = train.update(run, samples, STEP)
         hook.remove()
         return seen[0], metrics["grad_norm"]
 
@@ -558,7 +563,7 @@ def test_the_loss_is_a_mean_over_elements_and_samples():
 
 def test_the_three_adapters_begin_equal_and_as_the_base_model(world):
     """peft's gaussian init: A has deviation 1 / rank, B is 0; alpha is twice the rank."""
-    run = train.Run(parse(["--model", "sana", *OPTIONS]))
+    run = train.Run(train.parse_options(["--model", "sana", *OPTIONS]))
     pairs = {adapter: lora(run.model.transformer, adapter) for adapter in models.ADAPTERS}
     for layer, (a, b) in pairs["default"].items():
         assert a.dtype == torch.float32 and a.std() == pytest.approx(1 / RANK, rel=0.2)
@@ -627,8 +632,8 @@ def test_the_ema_policy_is_evaluated_from_noise_that_no_seed_changes(world, naiv
 
 def test_a_pass_over_the_prompts_takes_each_once_in_an_order_of_its_own(world):
     """28 training prompts, 5 a step: in 5 steps 25 different ones; the next pass is another."""
-    run = types.SimpleNamespace(config=parse([*OPTIONS, "--prompts_per_step", "5"]))
-    run.train, _, _ = train.split_prompts(run.config)
+    run = types.SimpleNamespace(config=train.parse_options([*OPTIONS, "--prompts_per_step", "5"]))
+    run.train, _, _ = train.split_prompts(run.config.prompts, "", [], [])
     n = len(run.train.prompts)
     assert n // 5 == 5
     passes = [[train.Run.prompts_of(run, 5 * i + j) for j in range(5)] for i in range(2)]

@@ -57,13 +57,15 @@ def test_a_block_worked_by_hand():
 
 
 def simulated(layer, precision):
-    weight = layer.weight.flatten(1)
+    weight, precision = layer.weight.flatten(1), quant.PRECISIONS[precision]
     return quant.QuantizedLinear(layer, quant.SimulatedMatmul(weight, layer.bias, precision))
 
 
 # ---------------------------------------------------------------------------------------------
 # The bounds of quant.py's essay
 
+BOTH = quant.Precision("nvfp4", four_over_six=True, row_scaled=True)
+PRECISIONS = quant.PRECISIONS | {"nvfp4_row_4over6": BOTH}
 FORMATS = ("nvfp4", "nvfp4_row", "nvfp4_4over6", "nvfp4_row_4over6", "fp8")
 E4M3 = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).double()  # 0 to 448
 
@@ -81,15 +83,15 @@ def quantized(x, precision, block):
     """x (M, K) in one of FORMATS."""
     size = x.double().abs()
     if precision == "fp8":
-        values, step = quant._exact_values(x, "fp8", block)
+        values, step = quant._exact_values(x, PRECISIONS["fp8"], block)
         m = min(448 / size.max(), torch.tensor(quant.FLT_MAX, dtype=torch.float64))
         limit = torch.minimum(size, torch.maximum(size / 17, 2.0**-10 / m))
         roundings = size * 2.0**-19 + 7 * 2.0**-150
         # Decoded in float64: nothing decodes one element in float32, where FLT_MAX would overflow.
         return Quantized(values.double() * step.double(), limit, roundings, size >= 0)
 
-    four_over_six = "4over6" in precision
-    row_scaled = "row" in precision and block == (1, 16)
+    four_over_six = PRECISIONS[precision].four_over_six
+    row_scaled = PRECISIONS[precision].row_scaled and block == (1, 16)
     q = quant.quantize_nvfp4(x, block, four_over_six, row_scaled)
     values = q.dequantize()
     fast = quant.fake_quantize_nvfp4(x.float(), block, four_over_six, row_scaled)
@@ -118,7 +120,8 @@ def tensor(kind, amax, rows, columns, precision, block, seed):
     """A float32 tensor (rows, columns) of a kind. Its largest magnitude is amax, for the two kinds
     of ties the number below amax for which float32's arithmetic is exact."""
     g = torch.Generator().manual_seed(seed)
-    m = 448 if precision == "fp8" else 6 * 256 if "4over6" in precision else 6 * 448
+    four_over_six = PRECISIONS[precision].four_over_six
+    m = 448 if precision == "fp8" else 6 * 256 if four_over_six else 6 * 448
     x = torch.randn(rows, columns, generator=g, dtype=torch.float64)
     blocks = -(-rows // block[0]), -(-columns // 16)
 
@@ -145,7 +148,7 @@ def tensor(kind, amax, rows, columns, precision, block, seed):
             x[:, ::16] = 6
             x = x * each_block(torch.exp2(torch.randint(-9, 8, blocks, generator=g).double()))
         else:  # the largest of a block brings its scale, with 6 or with 4, halfway between two
-            code = [6.0, 4.0] if "4over6" in precision else [6.0]
+            code = [6.0, 4.0] if four_over_six else [6.0]
             ties = ties[ties < m / 6]
             x = each_block(pick(ties, blocks, g) * pick(code, blocks, g))
             x = x * pick([1.0, 1.0, 0.5, 0.3, 0.0], (rows, columns), g)
@@ -240,7 +243,7 @@ def test_the_bound_is_attained_where_a_scale_is_rounded_down(exact, rounded, pre
     # Exact scales halfway between two E4M3 numbers, of which the lower is even: 136 between 128 and
     # 144, the smallest such in the normal range, and one between two subnormal numbers.
     x = torch.zeros(1, 32)
-    x[0, 0] = 1536 if "4over6" in precision else 2688  # the unit is 1
+    x[0, 0] = 1536 if PRECISIONS[precision].four_over_six else 2688  # the unit is 1
     x[0, 16] = 6 * exact
     x[0, 17:] = 0.5 * rounded  # a code; four-over-six keeps 6, since 4 is far from these
     q = quantized(x, precision, (1, 16))
@@ -295,7 +298,7 @@ def test_four_over_six_is_in_no_block_worse_than_six(kind, amax, rows, columns, 
 def matmul_error(x, weight, precision):
     """(error of SimulatedMatmul, the essay's bound on it, the roundings to add), each (M, out)."""
     xq, wq = quantized(x, precision, (1, 16)), quantized(weight, precision, (16, 16))
-    got = quant.SimulatedMatmul(weight, None, precision)(x).double()
+    got = quant.SimulatedMatmul(weight, None, PRECISIONS[precision])(x).double()
     size, exact = x.double().abs(), x.double() @ weight.double().T
     limit = size @ (wq.bound + wq.roundings).T + (xq.bound + xq.roundings) @ wq.values.abs().T
     # As in the test of the simulated linear: two roundings to BF16 and a sum in float32.
@@ -366,6 +369,17 @@ def test_nan_and_infinity_are_refused_or_seen(value):
     assert quant.fake_quantize_nvfp4(x).isnan().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("block", [(1, 16), (16, 16)])
+def test_a_blocks_largest_magnitude_is_found_by_integers_too(block, dtype):
+    x = (torch.randn(32, 48) * torch.logspace(-40, 4, 48)).to(dtype)  # subnormal numbers too
+    x[3, 20] = float("inf")
+    x[20, 4] = float("nan")
+    tiles = quant._tile(x, block)
+    expected = tiles.float().abs().amax(dim=(2, 3), keepdim=True)
+    assert torch.equal(quant._block_amax(tiles).nan_to_num(-1), expected.nan_to_num(-1))
+
+
 def test_bad_tensors_and_blocks_are_refused():
     with pytest.raises(ValueError, match="blocks are"):
         quant.quantize_nvfp4(torch.randn(4, 16), (1, 32))
@@ -418,9 +432,9 @@ def test_the_simulated_linear_is_the_product_of_dequantized_operands(
     if precision == "fp8":
         xq, wq = fp8(x), fp8(weight)
     else:
-        how, row_scaled = precision == "nvfp4_4over6", precision == "nvfp4_row"
-        xq = quant.quantize_nvfp4(x, (1, 16), how, row_scaled).dequantize(torch.float64)
-        wq = quant.quantize_nvfp4(weight, (16, 16), how).dequantize(torch.float64)
+        _, four_over_six, row_scaled = PRECISIONS[precision]
+        xq = quant.quantize_nvfp4(x, (1, 16), four_over_six, row_scaled).dequantize(torch.float64)
+        wq = quant.quantize_nvfp4(weight, (16, 16), four_over_six).dequantize(torch.float64)
     product = xq @ wq.T
     expected = product + (layer.bias.double() if bias else 0)
     # Product and result are each rounded to BF16 (2^-8), and at most 128 terms are summed in
@@ -432,7 +446,7 @@ def test_the_simulated_linear_is_the_product_of_dequantized_operands(
 
 def test_codes_times_scales_are_exact_in_bfloat16():
     x = torch.randn(64, 64) * torch.exp2(torch.randint(-30, 30, (64, 1)).float())
-    values, scale = quant._exact_values(x, "nvfp4", (1, 16))
+    values, scale = quant._exact_values(x, PRECISIONS["nvfp4"], (1, 16))
     q = quant.quantize_nvfp4(x)
     step = q.scales.double().repeat_interleave(16, dim=1)
     codes = (q.dequantize(torch.float64) / (step * scale.double())).nan_to_num().mul(2).round() / 2

@@ -14,12 +14,16 @@ import torch
 from conftest import PROJECT, error_line
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from originals import snapshot
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig
 
 import reward as rewards
-from reward import RewardError, build_reward
+from reward import build_reward
+from support import preference
+from support import world as tiny_world
+from support.errors import InputError, NonFinite
 
 
 @pytest.fixture
@@ -66,22 +70,27 @@ def test_z_scored_parts_count_by_their_weights_whatever_their_scales(mine):
     [
         ("short", r"shape \(1,\)"),
         ("phases", "prompt 'a' raised ValueError: its scores are complex"),
-        ("nan", "NaN or infinity for prompt 'b'"),
         ("broken", "prompt 'a' raised KeyError"),
     ],
 )
 def test_scores_that_cannot_be_used_name_the_prompt(mine, function, message):
-    with pytest.raises(RewardError, match=message):
+    with pytest.raises(InputError, match=message):
         build_reward(f"{mine}:{function}")(IMAGES, ["a", "b"])
 
 
+def test_a_score_that_is_not_finite_names_the_reward_and_the_prompt(mine):
+    with pytest.raises(NonFinite, match="NaN or infinity in the reward mine.py:nan.*'b'") as error:
+        build_reward(f"{mine}:nan")(IMAGES, ["a", "b"])
+    assert (error.value.what, error.value.prompt) == ("reward mine.py:nan", "b")
+
+
 def test_a_reward_that_writes_into_its_arguments_changes_nothing_else(mine):
-    found = build_reward(f"{mine}:writes,{mine}:red").scores(images := IMAGES.clone(), ["a", "b"])
-    assert found["mine.py:red"].tolist() == [0, 1] and torch.equal(images, IMAGES)
+    scores = build_reward(f"{mine}:writes,{mine}:red").scores(images := IMAGES.clone(), ["a", "b"])
+    assert scores["mine.py:red"].tolist() == [0, 1] and torch.equal(images, IMAGES)
 
 
 def test_a_sum_that_overflows_is_an_error(mine):
-    with pytest.raises(RewardError, match="weighted_sum returned NaN or infinity for prompt 'a'"):
+    with pytest.raises(NonFinite, match="NaN or infinity in the reward weighted_sum.*'a'"):
         build_reward(f"{mine}:huge:2")(IMAGES, ["a", "b"])
 
 
@@ -90,43 +99,36 @@ def test_a_sum_that_overflows_is_an_error(mine):
     ["nothing", "", "clipscore,", "none.py:f", "clipscore:1:2", "x:nan", "clipscore:0"],
 )
 def test_unknown_specs_are_refused_before_any_weights_are_loaded(spec):
-    with pytest.raises(RewardError, match="--reward"):
+    with pytest.raises(InputError, match="--reward"):
         build_reward(spec)
 
 
 def test_a_missing_function_is_refused(mine):
-    with pytest.raises(RewardError, match="no function blue"):
+    with pytest.raises(InputError, match="no function blue"):
         build_reward(f"{mine}:blue")
 
 
 def test_a_file_that_misses_another_is_not_itself_called_missing(tmp_path):
     (tmp_path / "mine.py").write_text("open('/nowhere/vocabulary.txt')\n")
-    with pytest.raises(RewardError, match="mine.py fails to import: FileNotFoundError.*vocabulary"):
+    with pytest.raises(InputError, match="mine.py fails to import: FileNotFoundError.*vocabulary"):
         build_reward(f"{tmp_path / 'mine.py'}:f")
-
-
-def test_a_missing_package_is_named_with_the_command(monkeypatch):
-    monkeypatch.setattr(rewards.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(RewardError, match="--reward hpsv2: needs a package; pip install ftfy"):
-        build_reward("hpsv2")
 
 
 @pytest.fixture(scope="module")
 def clipscore(world):
-    return build_reward("clipscore", "cpu", world)
+    return build_reward("clipscore", clip=world / "clip")
 
 
 def test_clipscore_prefers_the_right_prompt_and_the_undamaged_picture(clipscore):
-    import tiny
+    from experiments.pretrain_world import degrade
 
     g = torch.Generator().manual_seed(3)
-    rows = torch.tensor(tiny.HELD_OUT).repeat(4)
-    prompts = [tiny.CAPTIONS[i] for i in rows]
-    good = tiny.draw(tiny.THINGS[rows], g)
+    prompts = list(tiny_world.HELD_OUT_PROMPTS) * 4
+    good = tiny_world.draw(prompts, g)
     right = clipscore(good, prompts)
     # Both are 0.89 to 0.96, a little different on each machine, and 0.5 +- 0.03 by chance.
     assert (right > clipscore(good, prompts[1:] + prompts[:1])).float().mean() > 0.8
-    assert (right > clipscore(tiny.worsen(good, g), prompts)).float().mean() > 0.8
+    assert (right > clipscore(degrade(good, g), prompts)).float().mean() > 0.8
 
 
 def test_clipscore_reads_every_word_of_a_caption(clipscore):
@@ -154,7 +156,7 @@ def test_clipscore_does_not_depend_on_the_batch(clipscore):
 
 @given(h=st.integers(1, 90), w=st.integers(1, 90), side=st.integers(1, 60), seed=st.integers(0, 99))
 @settings(max_examples=60, deadline=None)
-def test_shrink_is_pillows_resize_to_the_last_bit(h, w, side, seed):
+def test_resize_and_crop_is_pillows_to_the_last_bit(h, w, side, seed):
     pixels = np.random.RandomState(seed).randint(0, 256, (h, w, 3), dtype=np.uint8)
     size = int(side * w / min(h, w)), int(side * h / min(h, w))
     left, top = (size[0] - side) // 2, (size[1] - side) // 2
@@ -162,13 +164,13 @@ def test_shrink_is_pillows_resize_to_the_last_bit(h, w, side, seed):
     whole = Image.fromarray(pixels).resize((size[0], h), Image.Resampling.BICUBIC)
     whole = whole.resize(size, Image.Resampling.BICUBIC)
     expected = np.asarray(whole.crop((left, top, left + side, top + side)))
-    found = rewards.shrink(rewards.eight_bits(tensor(pixels)), side, int)[0].permute(1, 2, 0)
-    assert np.array_equal(found.numpy(), expected)
+    ours = preference.resize_and_crop(tensor(pixels), side, int)[0].permute(1, 2, 0)
+    assert np.array_equal(ours.numpy(), expected)
 
 
 def test_hpsv2_sees_the_whole_picture_between_black_bars():
-    black = (0 - np.array(rewards.OPENAI_CLIP_MEAN)) / np.array(rewards.OPENAI_CLIP_STD)
-    pixels = rewards.square_pixels(torch.ones(1, 3, 16, 64), 32)[0]
+    black = (0 - np.array(preference.OPENAI_CLIP_MEAN)) / np.array(preference.OPENAI_CLIP_STD)
+    pixels = preference.square_pixels(torch.ones(1, 3, 16, 64), 32)[0]
     assert pixels.shape == (3, 32, 32)
     for line in (0, 11, 20, 31):  # 8 lines of picture, from 12 to 19
         assert torch.allclose(pixels[:, line, 5].double(), torch.tensor(black)), line
@@ -177,15 +179,15 @@ def test_hpsv2_sees_the_whole_picture_between_black_bars():
 
 @pytest.mark.parametrize("name", ["clipscore", "pickscore", "hpsv2", "imagereward"])
 def test_odd_images_get_a_score_or_a_clear_error(name, hub, small):
-    reward = build_reward(name, weights=hub)
+    reward = build_reward(name)
     for shape in ((1, 1), (1, 300), (300, 1), (32, 32)):
         assert torch.isfinite(reward(torch.full((1, 3, *shape), 0.5), ["grey"])), shape
     for value in (float("nan"), 1.001, -0.001):
         image = torch.full((2, 3, 8, 8), 0.5)
         image[1, 2, 3, 4] = value
-        with pytest.raises(RewardError, match="'second' has pixels outside"):
+        with pytest.raises(InputError, match="'second' has pixels outside"):
             reward(image, ["first", "second"])
-    with pytest.raises(RewardError, match=r"2 images \(3, H, W\) to score, not \(2, 1, 8, 8\)"):
+    with pytest.raises(InputError, match=r"2 images \(3, H, W\) to score, not \(2, 1, 8, 8\)"):
         reward(torch.zeros(2, 1, 8, 8), ["a", "b"])
 
 
@@ -208,42 +210,60 @@ def clip_config(act):
 
 
 @pytest.fixture(scope="session")
-def hub(tmp_path_factory):
-    """A folder of repositories as on the hub: the originals' checkpoints, names and formats."""
+def checkpoints(tmp_path_factory):
+    """A cache of the hub with the originals' checkpoints, under their names, in their formats."""
     root = tmp_path_factory.mktemp("hub")
     states = {
         name: {k: torch.tensor(v) for k, v in originals.weights(shapes, seed).items()}
         for seed, (name, shapes) in enumerate(SCORES["shapes"].items())
     }
+
     for name, act in (("clipscore", "quick_gelu"), ("pickscore", "gelu")):
-        folder = root / originals.HUB[name]
+        folder = snapshot(root, originals.HUB[name])
         clip_config(act).save_pretrained(folder)
         save_file(states[name], folder / "model.safetensors", metadata={"format": "pt"})
-    laion = root / rewards.HPSv2.vocabulary
+    laion = snapshot(root, preference.CLIP_H)
     clip_config("gelu").save_pretrained(laion)
-    for folder in (root / originals.HUB["clipscore"], laion):
+    for folder in (snapshot(root, originals.HUB["clipscore"]), laion):
         originals.clip_files(folder, SCORES["clip_vocabulary"], SCORES["clip_merges"])
-    bert = root / rewards.ImageReward.vocabulary
-    bert.mkdir(parents=True)
-    (bert / "vocab.txt").write_text("\n".join(SCORES["bert_vocabulary"]), encoding="utf-8")
+    vocabulary = snapshot(root, preference.ImageReward.bert) / "vocab.txt"
+    vocabulary.write_text("\n".join(SCORES["bert_vocabulary"]), encoding="utf-8")
     for cls, saved in (
-        (rewards.HPSv2, {"epoch": 1, "state_dict": states["hpsv2"]}),
-        (rewards.ImageReward, states["imagereward"]),
+        (preference.HPSv2, {"epoch": 1, "state_dict": states["hpsv2"]}),
+        (preference.ImageReward, states["imagereward"]),
     ):
-        (root / cls.weights).mkdir(parents=True)
-        torch.save(saved, root / cls.weights / cls.file)
+        torch.save(saved, snapshot(root, cls.repository) / cls.file)
     return root
+
+
+@pytest.fixture
+def use_cache(monkeypatch):
+    """A function that makes a folder the hub's cache. The hub itself is never asked."""
+
+    def unreachable(repository, timeout):
+        assert timeout <= 5
+        raise ConnectionError("Name or service not known")
+
+    monkeypatch.setattr(preference, "model_info", unreachable)
+    return lambda root: monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(root))
+
+
+@pytest.fixture
+def hub(checkpoints, use_cache):
+    use_cache(checkpoints)
+    return checkpoints
 
 
 @pytest.fixture
 def small(monkeypatch):
     """ImageReward's sizes, which its checkpoint does not tell, made those of the stand-in."""
     same = dict(num_hidden_layers=2, num_attention_heads=4)
-    eyes = dict(hidden_size=96, intermediate_size=384, image_size=32, patch_size=8)
-    reader = dict(hidden_size=64, intermediate_size=128, max_position_embeddings=64)
-    reader["vocab_size"] = len(SCORES["bert_vocabulary"]) + 2
-    monkeypatch.setattr(rewards.ImageReward, "eyes", rewards.ImageReward.eyes | same | eyes)
-    monkeypatch.setattr(rewards.ImageReward, "reader", rewards.ImageReward.reader | same | reader)
+    vision = same | dict(hidden_size=96, intermediate_size=384, image_size=32, patch_size=8)
+    text = same | dict(hidden_size=64, intermediate_size=128, max_position_embeddings=64)
+    text |= dict(vocab_size=len(SCORES["bert_vocabulary"]) + 2, encoder_hidden_size=96)
+    for name, sizes in (("vision_config", vision), ("text_config", text)):
+        published = getattr(preference.ImageReward, name)
+        monkeypatch.setattr(preference.ImageReward, name, published | sizes)
 
 
 def tensor(picture):
@@ -253,49 +273,53 @@ def tensor(picture):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_reward_is_its_originals_function(name, hub, small):
     """Portrait and landscape, noise and grey, empty, long and non-Latin prompts."""
-    reward, scale = build_reward(name, weights=hub), {"pickscore": 1 / 26}.get(name, 1)
+    reward, scale = build_reward(name), {"pickscore": 1 / 26}.get(name, 1)
     expected = torch.tensor(SCORES["scores"][name]) * scale
     for picture, row in zip(originals.images(), expected):
         images = tensor(picture).expand(len(originals.PROMPTS), -1, -1, -1)
-        found = reward(images, originals.PROMPTS)
-        torch.testing.assert_close(found, row, rtol=1e-4, atol=1e-6)
+        scores = reward(images, originals.PROMPTS)
+        torch.testing.assert_close(scores, row, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_reward_scores_the_picture_that_would_be_saved(name, hub, small):
-    reward = build_reward(name, weights=hub)
+    reward = build_reward(name)
     images = tensor(originals.images()[0])
     nearly = (images + 0.4 / 255).clamp(max=1)  # the same in 8 bits
     assert torch.equal(reward(images, ["a"]), reward(nearly, ["a"]))
 
 
 def test_hpsv2_cleans_its_prompts(hub):
-    reward, image = build_reward("hpsv2", weights=hub), torch.rand(1, 3, 32, 32)
+    reward, image = build_reward("hpsv2"), torch.rand(1, 3, 32, 32)
     assert reward(image, ["  caf\u00c3\u00a9 &amp;amp; b "]) == reward(image, ["caf\u00e9 & b"])
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_weights_saved_in_half_precision_are_computed_with_in_float32(name, hub, small, tmp_path):
+def test_weights_saved_in_half_precision_are_computed_with_in_float32(
+    name, hub, small, tmp_path, use_cache
+):
+    images = torch.rand(2, 3, 40, 32)
+    single = build_reward(name)(images, ["a", "b"])
     root, cls = tmp_path / "hub", rewards.PUBLISHED[name]
     shutil.copytree(hub, root)
-    path = root / cls.weights / getattr(cls, "file", "model.safetensors")
+    path = snapshot(root, cls.repository) / cls.file
     whole = path.suffix == ".safetensors"
     load, save = (load_file, save_file) if whole else (torch.load, torch.save)
     saved = load(path)
     state = saved.get("state_dict", saved)
     state |= {name: value.half() for name, value in state.items()}
     save(saved, path, *([{"format": "pt"}] if whole else []))
-    half, images = build_reward(name, weights=root), torch.rand(2, 3, 40, 32)
+    use_cache(root)
+    half = build_reward(name)
     assert {p.dtype for p in vars(half.parts[0][2]).get("clip", half.parts[0][2]).parameters()} == {
         torch.float32
     }
-    single = build_reward(name, weights=hub)(images, ["a", "b"])
     torch.testing.assert_close(half(images, ["a", "b"]), single, rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_reward_does_not_depend_on_the_batch(name, hub, small):
-    reward, images = build_reward(name, weights=hub), torch.rand(6, 3, 40, 32)
+    reward, images = build_reward(name), torch.rand(6, 3, 40, 32)
     together = reward(images, originals.PROMPTS)
     alone = [reward(images[i : i + 1], [p]) for i, p in enumerate(originals.PROMPTS)]
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
@@ -315,21 +339,21 @@ def test_a_published_reward_does_not_depend_on_the_batch(name, hub, small):
         ("pickscore", "unexpected", "unexpected key more"),
         ("pickscore", "cut", "SafetensorError|incomplete|deserializ"),
         ("clipscore", "gone", "hf download openai/clip-vit-large-patch14 --include '[*].json' "),
-        ("hpsv2", "gone", "hf download xswu/HPSv2 --include 'HPS_v2.1_compressed.pt' --local-dir "),
-        ("imagereward", "empty", "no .*ImageReward.pt; hf download THUDM/ImageReward "),
+        ("hpsv2", "gone", "hf download xswu/HPSv2 --include 'HPS_v2.1_compressed.pt'; then copy"),
+        ("imagereward", "empty", "no .*ImageReward.pt; .*: hf download THUDM/ImageReward "),
     ],
 )
 def test_weights_that_are_not_the_rewards_are_refused_in_a_line(
-    name, damage, says, hub, small, tmp_path, capfd
+    name, damage, says, hub, small, tmp_path, capfd, use_cache
 ):
-    build_reward(name, weights=hub)  # whatever packages say when they are first used
+    build_reward(name)  # whatever packages say when they are first used
     capfd.readouterr()
     root, cls = tmp_path / "hub", rewards.PUBLISHED[name]
     shutil.copytree(hub, root)
-    folder = root / cls.weights
-    path = folder / getattr(cls, "file", "model.safetensors")
+    use_cache(root)
+    path = snapshot(root, cls.repository) / cls.file
     if damage == "gone":
-        shutil.rmtree(folder)
+        shutil.rmtree(path.parent.parent.parent)
     elif damage == "empty":
         path.unlink()
     elif damage == "cut":
@@ -343,8 +367,8 @@ def test_weights_that_are_not_the_rewards_are_refused_in_a_line(
         else:
             state["more"] = torch.zeros(1) if damage == "unexpected" else Runs(tmp_path / "ran")
         save(saved, path)
-    with pytest.raises(RewardError, match=says) as error:
-        build_reward(name, weights=root)
+    with pytest.raises(InputError, match=says) as error:
+        build_reward(name)
     assert "\n" not in str(error.value) and str(error.value).startswith(f"--reward {name}: ")
     assert not (tmp_path / "ran").exists()
     assert capfd.readouterr().err == ""  # libraries have nothing to add
@@ -360,50 +384,40 @@ class Runs:
         return open, (str(self.path), "w")
 
 
-def test_without_the_hub_a_published_reward_says_what_would_do_and_soon(monkeypatch):
-    def unreachable(hub_id, timeout):
-        assert timeout <= 5
-        raise ConnectionError("Name or service not known")
-
-    def snapshot_download(hub_id, allow_patterns, local_files_only=False):
-        assert local_files_only, "a download would ask again and again"
-        raise FileNotFoundError(hub_id)
-
-    monkeypatch.setattr(rewards, "model_info", unreachable)
-    monkeypatch.setattr(rewards, "snapshot_download", snapshot_download)
-    with pytest.raises(RewardError, match="Name or service.*--reward_weights FOLDER"):
+def test_without_the_hub_a_published_reward_says_what_would_do(tmp_path, use_cache):
+    use_cache(tmp_path)  # which asserts that the hub is asked for 5 seconds only
+    with pytest.raises(InputError, match="hf download yuvalk.*HF_HUB_OFFLINE=1.*Name or service"):
+        preference.fetch(preference.PickScore.repository, ("config.json",))
+    with pytest.raises(InputError, match="--reward pickscore: .*hf download .*HF_HUB_OFFLINE=1"):
         build_reward("pickscore")
 
 
-def test_without_the_hub_its_cache_will_do(monkeypatch, hub, small):
-    def unreachable(hub_id, timeout):
-        raise ConnectionError
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_without_the_hub_only_its_cache_is_asked(name, hub, small, monkeypatch):
+    def cache(repository, local_files_only, **options):
+        assert local_files_only, "a download would ask again and again"
+        return download(repository, local_files_only=local_files_only, **options)
 
-    def cache(hub_id, allow_patterns, local_files_only=False):
-        assert local_files_only and all(any((hub / hub_id).glob(p)) for p in allow_patterns)
-        return str(hub / hub_id)
-
-    monkeypatch.setattr(rewards, "model_info", unreachable)
-    monkeypatch.setattr(rewards, "snapshot_download", cache)
-    image = torch.rand(1, 3, 32, 32)
-    for name in PUBLISHED:
-        assert build_reward(name)(image, ["a"]) == build_reward(name, weights=hub)(image, ["a"])
+    download = preference.snapshot_download
+    monkeypatch.setattr(preference, "snapshot_download", cache)
+    assert torch.isfinite(build_reward(name)(torch.rand(1, 3, 32, 32), ["a"]))
 
 
 def test_what_the_hub_refuses_is_said_by_the_download(monkeypatch):
-    class Refused(rewards.HfHubHTTPError):
+    class Refused(preference.HfHubHTTPError):
         def __init__(self, says):
             Exception.__init__(self, says)
 
-    def refuse(hub_id, timeout):
+    def refuse(repository, timeout):
         raise Refused("401")
 
-    def download(hub_id, allow_patterns, local_files_only=False):
-        raise FileNotFoundError if local_files_only else Refused("gated: ask for access")
+    def download(repository, allow_patterns, local_files_only):
+        assert not local_files_only
+        raise Refused("gated: ask for access")
 
-    monkeypatch.setattr(rewards, "model_info", refuse)
-    monkeypatch.setattr(rewards, "snapshot_download", download)
-    with pytest.raises(RewardError, match="gated: ask for access"):
+    monkeypatch.setattr(preference, "model_info", refuse)
+    monkeypatch.setattr(preference, "snapshot_download", download)
+    with pytest.raises(InputError, match="gated: ask for access"):
         build_reward("imagereward")
 
 
@@ -430,9 +444,9 @@ def picture(path, size=(40, 30)):
     return str(path)
 
 
-def test_reward_alone_scores_picture_files(hub, tmp_path, capsys, world, monkeypatch):
+def test_reward_alone_scores_picture_files(hub, tmp_path, capsys, world):
     files = [picture(tmp_path / "a.png"), picture(tmp_path / "b.jpg", (30, 60))]
-    options = [*files, "--prompt", "a red ring", "--reward_weights", str(hub)]
+    options = [*files, "--prompt", "a red ring"]
     assert rewards.main([*options, "--reward", "pickscore,hpsv2:2"]) == 0
     names, *rows = capsys.readouterr().out.splitlines()
     assert names.split() == ["pickscore", "hpsv2", "weighted_sum"] and len(rows) == 2
@@ -446,22 +460,36 @@ def test_reward_alone_scores_picture_files(hub, tmp_path, capsys, world, monkeyp
 
 def test_reward_alone_says_what_is_wrong_in_a_line(tmp_path, capsys, hub):
     (tmp_path / "no.png").write_text("not a picture")
-    (tmp_path / "quits.py").write_text("import sys\ndef f(i, p, m): sys.exit(0)\n")
+    (tmp_path / "quits.py").write_text(
+        "import sys\ndef f(i, p, m): sys.exit(0)\ndef nan(i, p, m): return [float('nan')]\n"
+    )
     Image.fromarray(np.full((4, 4), 999, np.uint16)).save(tmp_path / "deep.png")
     good = picture(tmp_path / "a.png")
     for options in (
         [str(tmp_path / "no.png"), "--prompt", "x"],
         [str(tmp_path / "absent.png"), "--prompt", "x"],
         [good, "--prompt", "x", "--reward", "nothing"],
-        [good, "--prompt", "x", "--reward_weights", str(tmp_path)],
-        [good, "--prompt", "x", "--device", "cuda:99", "--reward_weights", str(hub)],
+        [good, "--prompt", "x", "--device", "cuda:99"],
         [str(tmp_path / "deep.png"), "--prompt", "x"],
         [good, "--prompt", "x", "--reward", f"{tmp_path / 'quits.py'}:f"],
-        [good],
-        [good, "--prompt", "x", "--rewrad", "y"],
+        [good, "--prompt", "x", "--reward", f"{tmp_path / 'quits.py'}:nan"],
     ):
         assert rewards.main(options) == 2, options
         assert error_line(capsys.readouterr().err, "reward.py"), options
+    for options in ([good], [good, "--prompt", "x", "--rewrad", "y"]):
+        with pytest.raises(SystemExit) as end:
+            rewards.main(options)
+        assert end.value.code == 2, options
+        assert error_line(capsys.readouterr().err, "reward.py"), options
+
+
+def test_reward_alone_tells_of_the_tiny_models_where_clipscore_cannot_be_fetched(
+    tmp_path, capsys, use_cache
+):
+    use_cache(tmp_path)
+    assert rewards.main([picture(tmp_path / "a.png"), "--prompt", "x"]) == 2
+    error = error_line(capsys.readouterr().err, "reward.py")
+    assert "hf download openai/clip-vit-large-patch14" in error and "--tiny" in error
 
 
 class Service(BaseHTTPRequestHandler):
@@ -513,7 +541,7 @@ def test_the_readmes_service_is_asked_again_and_then_given_up(service, what):
     Service.trouble = [what, what]
     assert service(IMAGES, ["four", "seven"]).tolist() == [4, 5] and Service.asked == 3
     Service.trouble = [what] * 9
-    with pytest.raises(RewardError, match="ask for prompt 'four' raised"):
+    with pytest.raises(InputError, match="ask for prompt 'four' raised"):
         service(IMAGES, ["four", "seven"])
     assert Service.asked == 6
 
@@ -521,5 +549,5 @@ def test_the_readmes_service_is_asked_again_and_then_given_up(service, what):
 def test_a_service_that_answers_with_other_things_is_an_error(service):
     for what in ("words", "too few"):
         Service.trouble = [what]
-        with pytest.raises(RewardError, match="raised|shape"):
+        with pytest.raises(InputError, match="raised|shape"):
             service(IMAGES, ["four", "seven"])

@@ -36,13 +36,17 @@ def test_the_other_rules():
     assert mixed[:2] == [1, 4] and len(set(mixed)) == 4
 
 
-@pytest.mark.parametrize(
-    "rule", ["best_worst", "random_subset", "mean_deviation", "extremes_random"]
-)
+def test_the_rules_have_the_names_that_the_command_line_takes():
+    names = {"best_worst", "random_subset", "mean_deviation", "extremes_random"}
+    assert selection.RULES.keys() == names
+    assert all(selection.RULES[name] is getattr(selection, name) for name in names)
+
+
+@pytest.mark.parametrize("rule", selection.RULES)
 @pytest.mark.parametrize("pool, k", [([], 1), ([1.0], 2), ([1.0], 0), ([1.0, float("nan")], 1)])
 def test_bad_pools_are_refused(rule, pool, k):
     with pytest.raises(ValueError):
-        getattr(selection, rule)(pool, k)
+        selection.RULES[rule](pool, k)
 
 
 def test_rank_fidelity_by_hand():

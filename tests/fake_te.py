@@ -1,8 +1,9 @@
-"""A stand-in for Transformer Engine, for machines that cannot run it.
+"""A substitute for Transformer Engine (TE), for machines that cannot run it.
 
-It has the names that engine.py uses, checks what TE checks and computes with the simulation, so
-that a call that TE would refuse or misunderstand fails a test. Each rule names the file of
-transformer_engine (2.20.2 unless said) that it was read in. `install` puts it into sys.modules.
+It has the functions and classes that support/te.py uses. It checks what TE checks and computes with
+the simulation, so a call that TE would reject or understand differently fails a test. The comment
+at each rule names the file of transformer_engine (version 2.20.2 unless another is named) in which
+the rule was read. `install` puts the substitute into sys.modules.
 """
 
 import contextlib
@@ -14,12 +15,12 @@ import types
 import torch
 from torch import nn
 
-import engine
 import quant
+from support import te
 
 
 class State:
-    """What the stand-in was asked, for the tests to look at."""
+    """Counts of what the substitute was called for, which tests compare."""
 
     def __init__(self):
         self.recipe = None  # of the autocast that is open
@@ -27,7 +28,7 @@ class State:
 
 
 def recipes(version):
-    """transformer_engine.common.recipe: which fields a version knows."""
+    """transformer_engine.common.recipe, with the options that `version` has."""
 
     @dataclasses.dataclass
     class NVFP4BlockScaling:
@@ -55,7 +56,7 @@ def recipes(version):
 
     class DelayedScaling:
         def __init__(self, **_):
-            raise AssertionError("runs no FP4, and its scales do not move without gradients")
+            raise AssertionError("runs no FP4 and updates no scale without gradients")
 
     known = dict(Float8CurrentScaling=Float8CurrentScaling, DelayedScaling=DelayedScaling)
     return known | ({"NVFP4BlockScaling": NVFP4BlockScaling} if version >= (2, 8) else {})
@@ -63,16 +64,15 @@ def recipes(version):
 
 def precision_of(recipe):
     if type(recipe).__name__ == "Float8CurrentScaling":
-        return "fp8"
+        return quant.Precision("fp8")
     assert recipe.disable_rht and recipe.disable_stochastic_rounding, "those are for training"
-    if getattr(recipe, "row_scaled_activation", False):
-        return "nvfp4_row"
-    return "nvfp4_4over6" if getattr(recipe, "nvfp4_4over6", "none") == "all" else "nvfp4"
+    four_over_six = getattr(recipe, "nvfp4_4over6", "none") == "all"
+    return quant.Precision("nvfp4", four_over_six, getattr(recipe, "row_scaled_activation", False))
 
 
 def install(monkeypatch, version="2.20.2", sm=(10, 0), cuda="12.8", wrong=None):
-    """Put the stand-in in place on a pretended GPU. wrong: "codes" or "output" makes it compute
-    wrongly there. Returns its State."""
+    """Install the substitute and let the GPU appear to have compute capability `sm`. wrong: "codes"
+    or "output" makes that part of its results wrong. Returns its State."""
     number, state = tuple(int(n) for n in version.split(".")[:2]), State()
 
     def available(kind):
@@ -96,8 +96,7 @@ def install(monkeypatch, version="2.20.2", sm=(10, 0), cuda="12.8", wrong=None):
         state.recipe = before
 
     class Linear(nn.Module):
-        # pytorch/module/linear.py; after the sizes everything is best said by keyword: the third
-        # is sequence_parallel and not bias
+        # pytorch/module/linear.py: the third positional argument is sequence_parallel, not bias
         def __init__(
             self,
             in_features,
@@ -114,7 +113,7 @@ def install(monkeypatch, version="2.20.2", sm=(10, 0), cuda="12.8", wrong=None):
             dtype = params_dtype or torch.get_default_dtype()
             self.weight = nn.Parameter(torch.randn(out_features, in_features).to(device, dtype))
             self.bias = nn.Parameter(torch.zeros(out_features).to(device, dtype)) if bias else None
-            self.kept = None
+            self.stored = None
 
         def forward(self, inp, is_first_microbatch=None):
             state.calls += 1
@@ -127,16 +126,16 @@ def install(monkeypatch, version="2.20.2", sm=(10, 0), cuda="12.8", wrong=None):
             precision = precision_of(state.recipe)
             # pytorch/utils.py, assert_dim_for_fp8_exec, of input and weight
             assert tokens % 8 == 0 and features % 16 == 0 and len(self.weight) % 8 == 0
-            if precision != "fp8":
-                # pytorch/tensor/nvfp4_tensor.py, is_quantizable: both sizes in 16s; cuBLAS's FP4
-                # matmul wants 32 along the features, which TE does not check
+            if precision.format == "nvfp4":
+                # pytorch/tensor/nvfp4_tensor.py, is_quantizable: both sizes are multiples of 16.
+                # cuBLAS's FP4 matmul needs a multiple of 32 features, which TE does not check.
                 assert tokens % 16 == 0 and len(self.weight) % 16 == 0 and features % 32 == 0
             # pytorch/module/linear.py: update_ws = is_first_microbatch is None or is_first_...
-            matmul = self.kept
+            matmul = self.stored
             if is_first_microbatch or is_first_microbatch is None or matmul is None:
                 state.quantized_weights += 1
                 matmul = quant.SimulatedMatmul(self.weight.data.clone(), self.bias, precision)
-            self.kept = None if is_first_microbatch is None else matmul
+            self.stored = None if is_first_microbatch is None else matmul
             return matmul(inp) * (1.1 if wrong == "output" else 1)
 
     class NVFP4Quantizer:
@@ -164,12 +163,11 @@ def install(monkeypatch, version="2.20.2", sm=(10, 0), cuda="12.8", wrong=None):
                 codes[3, 1] ^= 1
             return types.SimpleNamespace(_rowwise_data=codes, _rowwise_scale_inv=scales)
 
-    def module(name, **names):
-        made = types.ModuleType(name)
-        for key, value in names.items():
-            setattr(made, key, value)
-        monkeypatch.setitem(sys.modules, name, made)
-        return made
+    def module(name, **attributes):
+        substitute = types.ModuleType(name)
+        substitute.__dict__.update(attributes)
+        monkeypatch.setitem(sys.modules, name, substitute)
+        return substitute
 
     names = {"Linear": Linear}
     if number >= (2, 9):  # pytorch/__init__.py
@@ -181,13 +179,13 @@ def install(monkeypatch, version="2.20.2", sm=(10, 0), cuda="12.8", wrong=None):
             is_nvfp4_available=lambda: available("nvfp4"), is_fp8_available=lambda: available("fp8")
         )
         module("transformer_engine.pytorch.fp8", FP8GlobalStateManager=manager)
-    te = module("transformer_engine.pytorch", **names)
+    pytorch = module("transformer_engine.pytorch", **names)
     recipe = module("transformer_engine.common.recipe", **recipes(number))
     common = module("transformer_engine.common", recipe=recipe)
-    whole = module("transformer_engine", __version__=version, pytorch=te, common=common)
-    monkeypatch.setattr(engine, "transformer_engine", whole)
+    package = module("transformer_engine", __version__=version, pytorch=pytorch, common=common)
+    monkeypatch.setattr(te, "transformer_engine", package)
     module("transformer_engine.pytorch.tensor")
     module("transformer_engine.pytorch.tensor.nvfp4_tensor", NVFP4Quantizer=NVFP4Quantizer)
-    monkeypatch.setattr(engine, "capability", lambda device: sm)
+    monkeypatch.setattr(te, "capability", lambda device: sm)
     monkeypatch.setattr(torch.version, "cuda", cuda)
     return state

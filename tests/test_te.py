@@ -1,21 +1,23 @@
-"""The Transformer Engine path on a stand-in for it; quantization against its own reference."""
+"""support/te.py with a substitute for Transformer Engine; quant.py against TE's own reference."""
 
+import ast
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 import types
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
+import fake_te
 import pytest
-import stand_in
 import torch
-from conftest import MINIATURE, lines
+from conftest import MINIATURE, PROJECT, lines
 from torch import nn
 
-import engine
 import quant
-import train
+from support.errors import InputError
 
 
 def layers():
@@ -31,7 +33,7 @@ def layers():
 @pytest.mark.parametrize("version", ["2.8.0", "2.9.0", "2.12.0", "2.16.1", "2.17.1", "2.20.2"])
 @pytest.mark.parametrize("precision", ["nvfp4", "nvfp4_4over6", "nvfp4_row", "fp8"])
 def test_a_layer_runs_in_every_version_that_has_its_precision(version, precision, monkeypatch):
-    state = stand_in.install(monkeypatch, version)
+    state = fake_te.install(monkeypatch, version)
     number = tuple(int(n) for n in version.split(".")[:2])
     has = number >= {"nvfp4_row": (2, 16), "nvfp4_4over6": (2, 17)}.get(precision, (2, 8))
     kind, line = quant.backend(precision)
@@ -47,20 +49,21 @@ def test_a_layer_runs_in_every_version_that_has_its_precision(version, precision
         "odd_in": precision if fits else "kept: in_features 48 is no multiple of 32",
         "odd_out": "kept: out_features 40 is no multiple of 16",
     }
-    for tokens in (1, 32, 77):  # padded to what TE wants, which changes nothing but rounding
+    for tokens in (1, 32, 77):  # padded to a multiple of 32, which changes nothing but rounding
         x = torch.randn(2, tokens, 64, generator=torch.Generator().manual_seed(tokens)).bfloat16()
-        flat = quant.SimulatedMatmul(before["good"].weight, before["good"].bias, precision)
-        expected = flat(x.reshape(-1, 64)).reshape(2, tokens, 48)
-        # Of another number of rows a processor may sum the 64 terms in another order. That can
-        # turn the rounding of the product and of the result to BF16, each by one step of at most
-        # 2^-7 of it; a scale that padding moves changes far more.
+        layer = before["good"]
+        simulated = quant.SimulatedMatmul(layer.weight, layer.bias, quant.PRECISIONS[precision])
+        expected = simulated(x.reshape(-1, 64)).reshape(2, tokens, 48)
+        # With another number of rows a processor may sum the 64 terms in another order. This can
+        # change the product's and the result's rounding to BF16, each by one step of at most 2^-7
+        # of its value. If padding changed a scale, the difference would be far larger.
         largest = expected.abs().max().item()
         torch.testing.assert_close(model["good"](x), expected, rtol=2**-7, atol=2**-7 * largest)
     assert state.unquantized == 0 and state.recipe is None
 
 
 def test_the_weight_is_quantized_once_after_each_sync(monkeypatch):
-    state, model = stand_in.install(monkeypatch), layers()
+    state, model = fake_te.install(monkeypatch), layers()
     quant.quantize_linears(model, "nvfp4")
     layer, x = model["good"], torch.randn(32, 64).bfloat16()
     start = state.quantized_weights
@@ -74,64 +77,89 @@ def test_the_weight_is_quantized_once_after_each_sync(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "how, precision, why",
+    "machine, precision, why",
     [
         (dict(sm=(9, 0)), "nvfp4", "no Blackwell: this is sm90"),
         (dict(sm=(8, 0)), "fp8", "no GPU with FP8: this is sm80"),
         (dict(cuda="12.6"), "nvfp4", "CUDA 12.6"),
         (dict(version="2.7.0"), "nvfp4", "version 2.7.0 has no disable_rht"),
-        (dict(), "broken", "Found empty `transformer-engine`"),
     ],
 )
-def test_where_it_cannot_be_used_it_is_simulated_and_says_why(how, precision, why, monkeypatch):
-    state = stand_in.install(monkeypatch, **how)
-    if precision == "broken":  # as engine.py leaves it where importing it raises
-        monkeypatch.setattr(engine, "transformer_engine", None)
-        monkeypatch.setattr(engine, "BROKEN", "RuntimeError: Found empty `transformer-engine`")
-        precision = "nvfp4"
+def test_where_te_cannot_be_used_the_run_simulates_and_says_why(
+    machine, precision, why, monkeypatch
+):
+    state = fake_te.install(monkeypatch, **machine)
     kind, line = quant.backend(precision)
     assert kind == "simulated" and why in line and "\n" not in line
-    with pytest.raises(engine.EngineError, match="--precision_backend te"):
-        quant.backend(precision, wanted="te")
     model = layers()
     rows = quant.quantize_linears(model, precision)
     assert all(outcome == precision for *_, outcome in rows) and state.calls == state.depth == 0
     assert isinstance(model["good"].matmul, quant.SimulatedMatmul)
 
 
+# `pip install transformer-engine`, without [pytorch], installs a package that cannot be imported.
+BARE_WHEEL = """
+raise RuntimeError("Found empty `transformer-engine` meta package installed.\\nInstall [pytorch].")
+"""
+
+
+def test_a_te_that_cannot_be_imported_does_not_stop_quant_or_peft(tmp_path):
+    package = tmp_path / "transformer_engine" / "__init__.py"
+    package.parent.mkdir()
+    package.write_text(BARE_WHEEL)
+    program = """
+import torch
+from support import te
+te.capability = lambda device: (10, 0)
+torch.version.cuda = "12.8"
+import quant
+print(quant.backend("nvfp4"))
+from peft.import_utils import is_te_pytorch_available
+assert not is_te_pytorch_available()
+"""
+    path = os.pathsep.join([str(tmp_path), str(PROJECT)])
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    kind, line = ast.literal_eval(run.stdout)
+    assert kind == "simulated" and "\n" not in line
+    assert "cannot be imported: Found empty `transformer-engine` meta package" in line
+
+
 def test_on_hopper_fp8_runs_and_fp4_is_simulated(monkeypatch):
-    stand_in.install(monkeypatch, sm=(9, 0))
+    fake_te.install(monkeypatch, sm=(9, 0))
     assert quant.backend("fp8")[0] == "te" and quant.backend("nvfp4")[0] == "simulated"
-    assert quant.backend("fp8", wanted="simulated") == ("simulated", "fp8: simulated (as asked)")
 
 
 @pytest.mark.parametrize(
     "wrong, says", [("codes", "1 of 1536 bytes"), ("output", "outputs by up to")]
 )
 def test_hardware_that_differs_from_the_simulation_stops_the_run(wrong, says, monkeypatch):
-    stand_in.install(monkeypatch, wrong=wrong)
+    fake_te.install(monkeypatch, wrong=wrong)
     model = layers()
-    with pytest.raises(engine.EngineError, match=says) as error:
+    with pytest.raises(InputError, match=says) as error:
         quant.quantize_linears(model, "nvfp4")
-    assert "on good" in str(error.value) and "--precision_backend simulated" in str(error.value)
+    assert "layer good" in str(error.value) and "uninstall transformer-engine" in str(error.value)
     assert isinstance(model["good"], nn.Linear)  # nothing was swapped
 
 
 def test_two_iterations_go_through_transformer_engine(tmp_path, world, monkeypatch, capsys):
-    state = stand_in.install(monkeypatch)
+    import train
+
+    state = fake_te.install(monkeypatch)
     out = tmp_path / "run"
-    options = [*MINIATURE, "--model", "flux", "--output_dir", str(out)]
-    assert train.main([*options, "--precision_backend", "te"]) == 0
+    assert train.main([*MINIATURE, "--model", "flux", "--output_dir", str(out)]) == 0
     config = json.loads((out / "config.json").read_text())
     swapped = sum(not outcome.startswith("kept") for *_, outcome in config["layers"])
     assert f"nvfp4: Transformer Engine 2.20.2 on sm100: {swapped} of" in config["backend"]
     assert config["backend"] in capsys.readouterr().out
-    # The self-check's, each layer's first, and after the second sync the 14 that LoRA changes.
+    # One in the self-check, one of each layer, and the 14 that LoRA changes after the second sync.
     assert (swapped, state.quantized_weights) == (41, 1 + 41 + 14)
     assert state.unquantized == 0 and len(lines(out)) == 3
-    monkeypatch.undo()
-    assert train.main([*options[:-1], str(tmp_path / "2"), "--precision_backend", "te"]) == 2
-    assert "--precision_backend te" in capsys.readouterr().err
 
 
 REFERENCE = "transformer_engine/pytorch/custom_recipes/reference_nvfp4.py"
@@ -139,8 +167,9 @@ REFERENCE = "transformer_engine/pytorch/custom_recipes/reference_nvfp4.py"
 
 @pytest.fixture(scope="module")
 def reference():
-    """TE's Python reference, out of the bare wheel (`pip install --no-deps transformer-engine`),
-    whose package does not import without CUDA: its file is loaded with what it imports stubbed."""
+    """TE's reference in Python, from the wheel that `pip install --no-deps transformer-engine`
+    installs. That package cannot be imported without CUDA, so its file is loaded alone, with
+    substitutes for what it imports."""
     try:
         path = Path(distribution("transformer-engine").locate_file(REFERENCE))
     except PackageNotFoundError:

@@ -1,0 +1,80 @@
+"""Several processes, started by torchrun: the same run on one GPU or on many.
+
+    torchrun --nproc_per_node=8 train.py ...
+
+Every process holds the whole model and draws its share of an iteration's prompts. All else is the
+same computation in each process, so that the policies stay equal. Prompts, and not images, are
+shared out, and gradients are summed in float64: the micro-batches and the sums are the same for any
+number of processes. If a process fails, torchrun ends the others; the last checkpoint stays.
+"""
+
+import contextlib
+import itertools
+import os
+from datetime import timedelta
+
+from tqdm import tqdm
+
+RANK = int(os.environ.get("RANK", 0))  # torchrun sets these three
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+
+
+@contextlib.contextmanager
+def group():
+    """Inside, the processes of a run can exchange results; with one process it does nothing."""
+    if WORLD == 1:
+        yield
+        return
+    import torch
+    import torch.distributed as dist
+
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def say(text, **print_options):
+    """Print a line, in the first process only, above the progress bar."""
+    if RANK == 0:
+        tqdm.write(text, **print_options)
+
+
+def mine(items):
+    """This process's share of a list."""
+    return items[RANK::WORLD]
+
+
+def gather(share):
+    """The results that every process has for its share of a list, in the order of the list."""
+    if WORLD == 1:
+        return share
+    import torch.distributed as dist
+
+    shares = [None] * WORLD
+    dist.all_gather_object(shares, share)
+    missing = object()  # where a process has one result less than the others
+    rounds = itertools.zip_longest(*shares, fillvalue=missing)
+    return [result for results in rounds for result in results if result is not missing]
+
+
+def total(tensor):
+    """Sum a tensor over the processes, in place."""
+    if WORLD > 1:
+        import torch.distributed as dist
+
+        dist.all_reduce(tensor)
+
+
+@contextlib.contextmanager
+def first_on_its_node():
+    """One process of each computer does what is inside before the others do: what it downloads or
+    pretrains is then there for them."""
+    if LOCAL_RANK:
+        gather([None])
+    yield
+    if not LOCAL_RANK:
+        gather([None])

@@ -1,0 +1,95 @@
+"""How a run ends early, and files that are written whole or not at all."""
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+
+
+class InputError(ValueError):
+    """Bad input: one line that names the option, its value and what would do. Exit code 2."""
+
+
+class Stopped(Exception):
+    """SIGINT or SIGTERM, whose number is `signal`, asked the run to stop."""
+
+    def __init__(self, signal):
+        super().__init__(signal)
+        self.signal = signal
+
+
+class NonFinite(FloatingPointError):
+    """NaN or infinity, found before the optimizer moved.
+
+    what: "latents", "images", "reward NAME", "loss" or "gradient"; stage: of the rollout, or
+    "update" or "evaluate"; prompt: its text; seed: of the candidate, or of the update's noise.
+    """
+
+    def __init__(self, what, prompt, stage=None, seed=None, index=None):
+        super().__init__(what, prompt, stage, seed, index)
+        self.what, self.prompt, self.stage, self.seed = what, prompt, stage, seed
+        self.index = index  # in the batch, where stage and seed are not known
+
+    def __str__(self):
+        text = f"NaN or infinity in the {self.what}, prompt {self.prompt!r}"
+        return text if self.stage is None else f"{text}, stage {self.stage}, seed {self.seed}"
+
+
+def require(condition, message):
+    """Raise InputError with this message unless the condition holds."""
+    if not condition:
+        raise InputError(message)
+
+
+def check_finite(stage, prompts, seeds, **tensors):
+    """Raise NonFinite for the first of n samples, with these n prompts and seeds, for which one of
+    the tensors (n, ...) holds NaN or infinity."""
+    for what, tensor in tensors.items():
+        bad = (~tensor.isfinite()).reshape(len(tensor), -1).any(dim=1).tolist()
+        if True in bad:
+            raise NonFinite(what, prompts[bad.index(True)], stage, seeds[bad.index(True)])
+
+
+def exit_code(program, function, *arguments):
+    """Call the function; returns 0, or the exit code of what ended it, after one line on stderr:
+    2 for bad input, 1 for NaN, a full disk or too little memory, 130 for Ctrl-C, 143 for SIGTERM.
+    An error of the program itself keeps its traceback."""
+    try:
+        function(*arguments)
+        return 0
+    except SystemExit as request:  # --help
+        return request.code or 0
+    except Stopped as stopped:
+        return 128 + stopped.signal
+    except InputError as error:
+        code, line = 2, f"error: {one_line(error)}"
+    except (NonFinite, OSError) as error:
+        code, line = 1, one_line(error)
+    except KeyboardInterrupt:
+        code, line = 130, "stopped at once; the checkpoints are complete"
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        reason = one_line(error).split(". ")[0]
+        code, line = 1, f"{reason}; lower --micro_batch or --resolution"
+    print(f"{program}: {line}", file=sys.stderr)
+    return code
+
+
+def one_line(error):
+    """The text of an exception in one line of at most 400 characters."""
+    line = " ".join(str(error).split()) or type(error).__name__
+    return line if len(line) <= 400 else line[:400] + " ..."
+
+
+@contextlib.contextmanager
+def written_whole(path):
+    """A temporary name in the folder of `path`. What is written there becomes `path` when the block
+    ends; if the block fails, nothing is left of it."""
+    path = Path(path)
+    temporary = path.with_name(f"unfinished.{path.name}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

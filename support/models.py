@@ -1,0 +1,422 @@
+"""SANA, FLUX.1 and Stable Diffusion 3.5: loading, prompts, velocity, decoding, LoRA.
+
+Each model is one class that says where it is published, which settings the paper uses for it, which
+layers LoRA adapts, which layers stay in BF16, and how its pipeline encodes prompts and calls its
+transformer. The rest is shared. Everywhere in this project
+
+    x_t = (1 - t) x_0 + t noise,   t in [0, 1],   t = 1 is noise,   v = noise - x_0
+"""
+
+import contextlib
+import inspect
+import json
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+from support import te  # noqa: F401  before peft, which cannot be imported beside a broken TE
+
+# isort: split
+
+import numpy as np
+import torch
+import transformers
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    SanaPipeline,
+    StableDiffusion3Pipeline,
+)
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from diffusers.utils import logging as diffusers_logging
+from huggingface_hub import errors as hub_errors
+from huggingface_hub import hf_hub_download, model_info, try_to_load_from_cache
+from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from transformers.utils import logging as transformers_logging
+
+from support import world
+from support.errors import InputError, one_line, written_whole
+
+SOLVERS = ("euler", "dpm")
+DECODED_PIXELS = 2**21  # of the images that are decoded at once: two of 1024 x 1024
+
+
+class Text(NamedTuple):
+    """n encoded prompts, as a transformer takes them."""
+
+    embeds: torch.Tensor  # (n, tokens, channels)
+    mask: torch.Tensor = None  # (n, tokens), 1 for a token, 0 for padding; SANA only
+    pooled: torch.Tensor = None  # (n, channels); FLUX.1 and SD3.5 only
+
+    def take(self, rows):
+        """The Text of some rows: an index, or a list or tensor of indices, which may repeat."""
+        rows = torch.as_tensor(rows, device=self.embeds.device).reshape(-1)
+        return Text(*(None if part is None else part[rows] for part in self))
+
+    def to(self, device):
+        return Text(*(None if part is None else part.to(device) for part in self))
+
+
+class Model:
+    """What the models share. A subclass sets these attributes and defines `encode_batch`."""
+
+    pipeline = None  # diffusers' class
+    published = ""  # id on the hub
+    variant = None  # of the published files
+    paper = {}  # the paper's options for this model where they differ from Config's defaults
+    lora_targets = ()  # ends of the names of the layers that LoRA adapts
+    keep_bf16 = ()  # parts of the names of layers that the explorer does not quantize
+    token_limits = {}  # tokenizer -> number of tokens of a prompt that the pipeline reads
+    patch = None  # a token is patch x patch latents; None: as the transformer's config says
+
+    def __init__(self, pipe, resolution, solver):
+        self.pipe, self.transformer, self.vae = pipe, pipe.transformer, pipe.vae
+        self.solver = solver
+        patch = self.patch or self.transformer.config.patch_size
+        self.multiple = pipe.vae_scale_factor * patch
+        if resolution < self.multiple or resolution % self.multiple:
+            raise InputError(f"--resolution {resolution}: must be a multiple of {self.multiple}")
+        side = resolution // pipe.vae_scale_factor
+        self.latent_shape = (self.vae.config.latent_channels, side, side)
+
+    def token_limit(self, tokenizer):
+        """Number of tokens of a prompt that are read: the pipeline's limit or the tokenizer's."""
+        return min(self.token_limits[tokenizer], getattr(self.pipe, tokenizer).model_max_length)
+
+    def cut_off(self, prompts):
+        """A line for each tokenizer for which some of the prompts are too long."""
+        lines = []
+        for name in self.token_limits:
+            limit, token_ids = self.token_limit(name), getattr(self.pipe, name)(prompts).input_ids
+            too_long = sum(len(ids) > limit for ids in token_ids)
+            if too_long:
+                lines.append(f"{too_long} prompts lose what comes after {limit} tokens ({name})")
+        return lines
+
+    @torch.no_grad()
+    def encode(self, prompts):
+        """n prompts -> Text of n rows on the CPU, equal to what the pipeline makes by default."""
+        batches = [
+            self.encode_batch(prompts[i : i + 32]).to("cpu") for i in range(0, len(prompts), 32)
+        ]
+        return Text(*(None if part[0] is None else torch.cat(part) for part in zip(*batches)))
+
+    def scheduler(self, steps):
+        """diffusers' scheduler for `solver`, with the published shift and its timesteps set."""
+        config = self.pipe.scheduler.config
+        shift = config.get("shift", config.get("flow_shift"))
+        if self.solver == "euler":
+            scheduler = FlowMatchEulerDiscreteScheduler.from_config(config, shift=shift)
+        else:
+            flow = dict(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+            scheduler = DPMSolverMultistepScheduler.from_config(config, solver_order=2, **flow)
+        self.set_timesteps(scheduler, steps)
+        scheduler.set_begin_index(0)
+        return scheduler
+
+    def set_timesteps(self, scheduler, steps):
+        scheduler.set_timesteps(steps)
+
+    @torch.no_grad()
+    def decode(self, latents):
+        """Latents (n, c, h, w) -> images float32 (n, 3, H, W) in [0, 1]."""
+        config = self.vae.config
+        z = latents.to(self.vae.dtype) / config.scaling_factor + (config.get("shift_factor") or 0)
+        pixels = (z.shape[-1] * self.pipe.vae_scale_factor) ** 2
+        batches = z.split(max(1, DECODED_PIXELS // pixels))
+        images = torch.cat(
+            [self.vae.decode(part, return_dict=False)[0].float() for part in batches]
+        )
+        return (images / 2 + 0.5).clamp(0, 1)
+
+    def velocity(self, transformer, x_t, t, text):
+        """v float32 like x_t (n, c, h, w), at times t (n,) in [0, 1], without guidance.
+
+        transformer: this model's or a copy of it; text: Text of n rows on the same device.
+        """
+        config, dtype = transformer.config, transformer.dtype
+        timestep = (1000 * t).to(x_t.device, torch.float32) * config.get("timestep_scale", 1.0)
+        inputs = dict(encoder_hidden_states=text.embeds.to(dtype), timestep=timestep)
+        if text.mask is not None:
+            inputs["encoder_attention_mask"] = text.mask
+        if text.pooled is not None:
+            inputs["pooled_projections"] = text.pooled.to(dtype)
+        return transformer(x_t.to(dtype), **inputs, return_dict=False)[0].float()
+
+    def call(self):
+        """Keyword arguments with which the pipeline draws as this project does."""
+        return {}
+
+    def free_text_encoders(self):
+        for name in [n for n in self.pipe.components if n.startswith("text_encoder")]:
+            setattr(self.pipe, name, None)
+
+
+class Sana(Model):
+    """SANA (arXiv 2410.10629): linear attention, deep-compression autoencoder, Gemma2."""
+
+    pipeline = SanaPipeline
+    published = "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers"
+    variant = "bf16"
+    paper = dict(resolution=1024, solver="euler", min_dim=2240)
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0")  # of self- and cross-attention
+    # In the published code one fused layer makes self-attention's q, k and v; it stays in BF16.
+    keep_bf16 = ("patch_embed", "time_embed", "caption_projection", "proj_out")
+    keep_bf16 += ("attn1.to_q", "attn1.to_k", "attn1.to_v")
+    token_limits = {"tokenizer": 300}
+
+    @staticmethod
+    def instruction():
+        """The lines that the pipeline puts before every prompt by default."""
+        parameters = inspect.signature(SanaPipeline.__call__).parameters
+        return parameters["complex_human_instruction"].default
+
+    def call(self):
+        return {"use_resolution_binning": False}  # binning samples at another size
+
+    def encode(self, prompts):
+        """Pads to the longest of the prompts only. Attention masks padding out, and the pipeline's
+        padding to 300 tokens costs more than the prompts themselves."""
+        token_ids = self.pipe.tokenizer([prompt.lower() for prompt in prompts]).input_ids
+        self.padded = min(self.token_limit("tokenizer"), max(len(ids) for ids in token_ids) + 2)
+        return super().encode(prompts)
+
+    def encode_batch(self, prompts):
+        embeds, mask, _, _ = self.pipe.encode_prompt(
+            prompts,
+            do_classifier_free_guidance=False,
+            complex_human_instruction=self.instruction(),
+            max_sequence_length=self.padded,
+        )
+        return Text(embeds, mask=mask)
+
+
+class Flux(Model):
+    """FLUX.1: blocks of two streams and of one, packed latents, CLIP and T5. Guidance is distilled
+    into an embedding of its scale, which the paper sets to 1."""
+
+    pipeline = FluxPipeline
+    published = "black-forest-labs/FLUX.1-dev"
+    paper = dict(resolution=512, solver="dpm", min_dim=1000, eval_steps=28, timestep_fraction=0.4)
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
+    keep_bf16 = ("x_embedder", "context_embedder", "time_text_embed", "norm_out")
+    token_limits = {"tokenizer": 77, "tokenizer_2": 512}
+    patch = 2  # 2 x 2 latents are packed into one token before the transformer
+    guidance = 1.0
+
+    def call(self):
+        return {"max_sequence_length": self.token_limit("tokenizer_2")}
+
+    def encode_batch(self, prompts):
+        embeds, pooled, _ = self.pipe.encode_prompt(prompts, prompt_2=None, **self.call())
+        return Text(embeds, pooled=pooled)
+
+    def velocity(self, transformer, x_t, t, text):
+        """As in Model, but x_t is packed, and a guidance scale is one of the inputs."""
+        dtype, device = transformer.dtype, x_t.device
+        (n, c, h, w), scale = x_t.shape, self.pipe.vae_scale_factor
+        guidance = torch.as_tensor(self.guidance, device=device).expand(n)
+        v = transformer(
+            FluxPipeline._pack_latents(x_t, n, c, h, w).to(dtype),
+            encoder_hidden_states=text.embeds.to(dtype),
+            pooled_projections=text.pooled.to(dtype),
+            # The transformer takes t and multiplies it by 1000; this rounds as the pipeline does.
+            timestep=(1000 * t).to(device, torch.float32) / 1000,
+            guidance=guidance if transformer.config.guidance_embeds else None,
+            img_ids=FluxPipeline._prepare_latent_image_ids(n, h // 2, w // 2, device, dtype),
+            txt_ids=torch.zeros(text.embeds.shape[1], 3, device=device, dtype=dtype),
+            return_dict=False,
+        )[0].float()
+        return FluxPipeline._unpack_latents(v, h * scale, w * scale, scale)
+
+    def set_timesteps(self, scheduler, steps):
+        """The shift grows with the number of image tokens, except for FLUX.1-schnell."""
+        config, mu = self.pipe.scheduler.config, {}
+        tokens = (self.latent_shape[1] // 2) ** 2
+        names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+        if config.use_dynamic_shifting:
+            mu = {"mu": calculate_shift(tokens, *(config[name] for name in names))}
+        sigmas = {"sigmas": np.linspace(1, 1 / steps, steps)} if self.solver == "euler" else {}
+        scheduler.set_timesteps(steps, **mu, **sigmas)
+
+
+class SD3(Model):
+    """Stable Diffusion 3.5 Large: joint attention with normalized queries and keys; the features of
+    two CLIPs and T5 side by side."""
+
+    pipeline = StableDiffusion3Pipeline
+    published = "stabilityai/stable-diffusion-3.5-large"
+    paper = dict(resolution=1024, solver="dpm", min_dim=2432, max_grad_norm=0.002)
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
+    lora_targets += ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+    # The paper's list says "norm1"; we take it to mean norm1 and norm1_context.
+    keep_bf16 = ("pos_embed", "context_embedder", "time_text_embed", "norm_out", "ff_context")
+    keep_bf16 += ("norm1", "norm1_context")
+    token_limits = {"tokenizer": 77, "tokenizer_2": 77, "tokenizer_3": 256}
+
+    def __init__(self, pipe, resolution, solver):
+        super().__init__(pipe, resolution, solver)
+        largest = self.transformer.config.pos_embed_max_size * self.multiple
+        if resolution > largest:
+            raise InputError(f"--resolution {resolution}: this model has positions up to {largest}")
+
+    def call(self):
+        return {"max_sequence_length": self.token_limit("tokenizer_3")}
+
+    def encode_batch(self, prompts):
+        embeds, _, pooled, _ = self.pipe.encode_prompt(
+            prompts, prompt_2=None, prompt_3=None, do_classifier_free_guidance=False, **self.call()
+        )
+        return Text(embeds, pooled=pooled)
+
+
+MODELS = {"sana": Sana, "flux": Flux, "sd3": SD3}
+
+
+# ---------------------------------------------------------------------------------------------
+# Loading
+
+
+def load(name, folder=None, resolution=None, solver=None, device="cpu", dtype=torch.bfloat16):
+    """The model `name` of MODELS, frozen, in `dtype` on `device`.
+
+    folder: a diffusers folder or an id on the hub; None is the tiny model, made if it is missing.
+    resolution: side of the images in pixels, solver: of SOLVERS; None is the paper's choice (of the
+    tiny model's resolution, 32). Raises InputError if the folder holds another model, is missing or
+    broken, the hub cannot be reached, or the resolution does not suit the model.
+    """
+    model_class = MODELS[name]
+    if folder is None:
+        folder, resolution = world.ensure_models(name) / name, resolution or world.SIDE
+    parts = check_pretrained(name, folder)
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    # SANA's text encoder is published only as a variant, so copies of it have only that, too.
+    copied = any(Path(folder).glob(f"*/*.{model_class.variant}*.safetensors"))
+    variant = model_class.variant if copied or folder == model_class.published else None
+    options = dict(dtype=dtype, variant=variant, use_safetensors=True)
+    try:
+        encoders = {}
+        for part in [name for name in parts if name.startswith("text_encoder") and parts[name][1]]:
+            # Loaded here because the pipeline would fill missing weights with random numbers.
+            encoders[part], info = getattr(transformers, parts[part][1]).from_pretrained(
+                folder, subfolder=part, output_loading_info=True, **options
+            )
+            if info["missing_keys"]:
+                raise ValueError(f"{part} lacks {sorted(info['missing_keys'])[0]}")
+        pipe = model_class.pipeline.from_pretrained(folder, **encoders, **options).to(device)
+    except Exception as error:  # broken files raise exceptions of any kind
+        raise InputError(f"--pretrained {folder}: cannot be loaded: {one_line(error)}") from error
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.requires_grad_(False).eval()
+    paper = model_class.paper
+    return model_class(pipe, resolution or paper["resolution"], solver or paper["solver"])
+
+
+def check_pretrained(name, folder):
+    """The content of model_index.json, of a folder or the hub, before anything large is loaded.
+    Raises InputError if there is none, or if it is not that of the model `name`."""
+    prefix, is_folder = f"--pretrained {folder}", Path(folder).is_dir()
+    absent = (hub_errors.RepositoryNotFoundError, hub_errors.RemoteEntryNotFoundError)
+    try:
+        path = Path(folder) / "model_index.json"
+        if not is_folder:
+            path = try_to_load_from_cache(str(folder), path.name)
+        if not isinstance(path, (str, Path)):  # not in the cache
+            model_info(str(folder), timeout=5)  # fails fast; a download would retry for a minute
+            path = hf_hub_download(str(folder), "model_index.json")
+        parts = json.loads(Path(path).read_text())
+        pipeline = parts["_class_name"]
+    except Exception as error:  # the network and broken files raise exceptions of many kinds
+        if isinstance(error, hub_errors.GatedRepoError):
+            problem = "gated; accept its licence on the hub and log in with `hf auth login`"
+        elif isinstance(error, (*absent, hub_errors.HFValidationError)):
+            problem = "neither a diffusers folder nor such a model on the hub"
+        elif is_folder:
+            problem = f"no readable model_index.json in this folder: {one_line(error)}"
+        else:
+            problem = f"no such folder, and the hub cannot be asked for it: {one_line(error)}"
+        raise InputError(f"{prefix}: {problem}") from error
+    if pipeline != MODELS[name].pipeline.__name__:
+        fitting = [n for n, m in MODELS.items() if m.pipeline.__name__ == pipeline]
+        advice = f"try --model {fitting[0]}" if fitting else "no --model here is"
+        raise InputError(f"{prefix} is a {pipeline}, not --model {name}; {advice}")
+    return parts
+
+
+# ---------------------------------------------------------------------------------------------
+# LoRA: three adapters on one frozen base model. "default" is the policy, which is trained; "old" is
+# the old policy, which draws; "ema" is evaluated and saved.
+
+ADAPTERS = ("default", "old", "ema")
+
+
+def add_lora(model, rank, alpha):
+    """Add the three adapters in float32, with equal values, drawn with torch's global generator.
+    Only "default" requires gradients."""
+    transformer = model.transformer
+    targets = list(model.lora_targets)
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=targets
+    )
+    with warnings.catch_warnings():
+        # peft warns of a second adapter, as if it had been added by mistake.
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        for adapter in ADAPTERS:
+            transformer.add_adapter(config, adapter_name=adapter)
+    first = lora_parameters(transformer, ADAPTERS[0])
+    for adapter in ADAPTERS:
+        for p, value in zip(lora_parameters(transformer, adapter), first):
+            p.data = value.data.float().clone()
+    transformer.set_adapter("default")
+
+
+def lora_parameters(transformer, adapter):
+    """The adapter's parameters, always in the same order."""
+    part = f".{adapter}."
+    return [p for name, p in transformer.named_parameters() if part in name and "lora_" in name]
+
+
+def lora_layers(transformer):
+    """(name, layer) of each layer that has adapters."""
+    return [(name, m) for name, m in transformer.named_modules() if isinstance(m, LoraLayer)]
+
+
+@contextlib.contextmanager
+def policy(transformer, adapter):
+    """Inside, `transformer` uses this adapter, or none if `adapter` is "base". Afterwards it uses
+    "default" again, whose parameters alone require gradients."""
+    if adapter == "base":
+        transformer.disable_adapters()
+    else:
+        transformer.set_adapter(adapter)
+    try:
+        yield transformer
+    finally:
+        transformer.enable_adapters()
+        transformer.set_adapter("default")
+
+
+@torch.no_grad()
+def follow(transformer, follower, eta):
+    """follower <- eta * follower + (1 - eta) * default, for every LoRA parameter."""
+    default = lora_parameters(transformer, "default")
+    for p, new in zip(lora_parameters(transformer, follower), default):
+        p.lerp_(new, 1 - eta)
+
+
+def save_lora(model, adapter, folder):
+    """Write folder/pytorch_lora_weights.safetensors, which diffusers' pipelines load."""
+    transformer = model.transformer
+    metadata = transformer.peft_config[adapter].to_dict()
+    metadata["target_modules"] = sorted(metadata["target_modules"])  # a set, in any order
+    with written_whole(Path(folder) / "pytorch_lora_weights.safetensors") as path:
+        model.pipeline.save_lora_weights(
+            folder,
+            transformer_lora_layers=get_peft_model_state_dict(transformer, adapter_name=adapter),
+            transformer_lora_adapter_metadata=metadata,
+            weight_name=path.name,
+        )

@@ -1,0 +1,367 @@
+"""The models: the same numbers as diffusers' own pipelines; loading, LoRA and policies."""
+
+import copy
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import MODEL_NAMES, PROJECT, load
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
+    SanaTransformer2DModel,
+    SD3Transformer2DModel,
+)
+from peft import LoraConfig
+
+import quant
+from rollout import initial_noise, sample, sampling_times
+from support import models
+from support.errors import InputError
+from support.world import TRAIN_PROMPTS, draw
+
+
+@pytest.mark.parametrize("solver", models.SOLVERS)
+def test_sample_gives_what_the_pipeline_gives(model, solver, monkeypatch):
+    """Bit for bit in float32, from the same prompt, noise and scheduler, the pipeline told nothing
+    else than the size, the steps and no guidance."""
+    monkeypatch.setattr(model, "solver", solver)
+    prompt, pipe = "a large plain red circle in the middle", model.pipe
+    noise = initial_noise([1, 2], model.latent_shape)
+    got = sample(model, model.transformer, model.encode([prompt]).take([0, 0]), noise, 10)
+
+    monkeypatch.setattr(pipe, "scheduler", stock_scheduler(pipe, solver))
+    pipe.set_progress_bar_config(disable=True)
+    options = dict(height=32, width=32, guidance_scale=1.0, num_inference_steps=10)
+    if isinstance(model, models.Sana):
+        options |= dict(use_resolution_binning=False)
+        # The model pads to its longest prompt; the pipeline pads to 300 and masks it.
+        embeds, mask, _ = model.encode([prompt])
+        options |= dict(prompt_embeds=embeds, prompt_attention_mask=mask)
+    else:
+        options |= dict(prompt=prompt, max_sequence_length=16)  # the tiny tokenizers' limit
+    if isinstance(model, models.Flux):
+        noise = pipe._pack_latents(noise, 2, *model.latent_shape)
+    expected = pipe(latents=noise, num_images_per_prompt=2, output_type="latent", **options).images
+    if isinstance(model, models.Flux):
+        expected = pipe._unpack_latents(expected, 32, 32, pipe.vae_scale_factor)
+    assert torch.equal(got, expected)
+
+
+def stock_scheduler(pipe, solver):
+    """What the documentation of diffusers says to write to change a pipeline's scheduler."""
+    if solver == "euler":
+        shift = pipe.scheduler.config.get("shift", pipe.scheduler.config.get("flow_shift"))
+        return FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, shift=shift)
+    shift = pipe.scheduler.config.get("flow_shift", pipe.scheduler.config.get("shift"))
+    return DPMSolverMultistepScheduler.from_config(
+        pipe.scheduler.config,
+        use_flow_sigmas=True,
+        prediction_type="flow_prediction",
+        flow_shift=shift,
+    )
+
+
+def test_prompts_are_encoded_as_the_pipeline_encodes_them(model):
+    prompts = ["a large plain red circle in the middle", "a small plain red ring"]
+    ours, pipe = model.encode(prompts), model.pipe
+    if isinstance(model, models.Sana):  # which pads to its longest prompt, the pipeline to 300
+        how = dict(complex_human_instruction=model.instruction(), max_sequence_length=300)
+        embeds, mask, _, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False, **how)
+        assert mask.sum(dim=1).tolist() == ours.mask.sum(dim=1).tolist()
+        for i in range(2):
+            # Padded otherwise, float32 sums may have another order, which is 1e-6 of numbers up to
+            # 3; two prompts are 2.5 apart.
+            theirs, found = embeds[i][mask[i] == 1], ours.embeds[i][ours.mask[i] == 1]
+            torch.testing.assert_close(found, theirs, rtol=0, atol=3e-5)
+        return
+    if isinstance(model, models.Flux):
+        embeds, pooled, _ = pipe.encode_prompt(prompts, prompt_2=None, max_sequence_length=16)
+    else:
+        more = dict(prompt_2=None, prompt_3=None, do_classifier_free_guidance=False)
+        embeds, _, pooled, _ = pipe.encode_prompt(prompts, max_sequence_length=16, **more)
+    assert torch.equal(embeds, ours.embeds) and torch.equal(pooled, ours.pooled)
+
+
+@pytest.mark.parametrize("at_once", [1, 3 * 32 * 32])
+def test_images_are_the_pipelines_whatever_is_decoded_at_once(model, at_once, monkeypatch):
+    """From noise to pixels, by the pipeline's own decoding."""
+    monkeypatch.setattr(models, "DECODED_PIXELS", at_once)
+    noise, text = initial_noise([3, 4, 5, 6], model.latent_shape), model.encode(["a red ring"])
+    x_0 = sample(model, model.transformer, text.take([0] * 4), noise, 2)
+    how = dict(height=32, width=32, guidance_scale=1.0, num_inference_steps=2, output_type="pt")
+    if isinstance(model, models.Sana):
+        how |= dict(use_resolution_binning=False)
+    else:
+        how |= dict(max_sequence_length=16)
+    if isinstance(model, models.Flux):
+        noise = model.pipe._pack_latents(noise, 4, *model.latent_shape)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model.pipe, "scheduler", stock_scheduler(model.pipe, model.solver))
+        expected = model.pipe("a red ring", latents=noise, num_images_per_prompt=4, **how).images
+    # SANA's padding differs, and with it the last bits.
+    assert torch.allclose(model.decode(x_0), expected, atol=1e-4)
+
+
+def test_flux_schnell_has_no_shift_that_depends_on_the_size(world, tmp_path):
+    shutil.copytree(world / "flux", tmp_path / "flux")
+    path = tmp_path / "flux" / "scheduler" / "scheduler_config.json"
+    settings = json.loads(path.read_text()) | {"use_dynamic_shifting": False, "shift": 1.0}
+    path.write_text(json.dumps(settings))
+    for solver, last in (("euler", 0.1), ("dpm", 0.1)):
+        model = models.load("flux", tmp_path / "flux", 32, solver)
+        assert sampling_times(model, 10)[-1] == pytest.approx(last, abs=2e-3), solver
+
+
+def test_a_copy_whose_text_encoder_is_a_variant_only_loads_like_the_published_one(world, tmp_path):
+    shutil.copytree(world / "sana", tmp_path / "sana")
+    encoder = tmp_path / "sana" / "text_encoder"
+    (encoder / "model.safetensors").rename(encoder / "model.bf16.safetensors")
+    prompts = ["a large plain red circle in the middle"]
+    texts = [
+        models.load("sana", f, 32).encode(prompts) for f in (world / "sana", tmp_path / "sana")
+    ]
+    assert torch.equal(texts[0].embeds, texts[1].embeds)
+
+
+PUBLISHED = {  # the published transformers' sizes; the classes' defaults but for these
+    "sana": (SanaTransformer2DModel, {}),
+    "flux": (FluxTransformer2DModel, dict(guidance_embeds=True)),
+    "sd3": (
+        SD3Transformer2DModel,
+        dict(
+            num_layers=38,
+            num_attention_heads=38,
+            joint_attention_dim=4096,
+            caption_projection_dim=2432,
+            pos_embed_max_size=192,
+            qk_norm="rms_norm",
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "name, billions, quantized, adapted",
+    [("sana", 1.6, 40, 160), ("flux", 11.9, 495, 190), ("sd3", 8.1, 76, 303)],
+)
+def test_at_published_size_the_papers_layers_are_quantized_and_adapted(
+    name, billions, quantized, adapted
+):
+    """SANA: the two 1x1 convolutions of 20 feed-forwards. FLUX.1: 14 layers of 19 double blocks, 6
+    of 38 single ones, the last. SD3.5: the two of 38 feed-forwards. (Meta: shapes, no numbers.)"""
+    kind, sizes = PUBLISHED[name]
+    with torch.device("meta"):
+        transformer = kind(**sizes).to(torch.bfloat16)
+    assert sum(p.numel() for p in transformer.parameters()) / 1e9 == pytest.approx(
+        billions, abs=0.1
+    )
+    model_class = models.MODELS[name]
+    rows = quant.quantize_linears(
+        copy.deepcopy(transformer), "nvfp4", model_class.keep_bf16, model_class.paper["min_dim"]
+    )
+    assert [outcome for *_, outcome in rows].count("nvfp4") == quantized
+    transformer.add_adapter(LoraConfig(r=4, target_modules=list(model_class.lora_targets)))
+    assert sum("lora_A" in parameter for parameter, _ in transformer.named_parameters()) == adapted
+
+
+def test_a_stock_pipeline_draws_the_prompt(sana):
+    """The path a user of diffusers takes: prompt in, picture out, red where it should be."""
+    sana.pipe.set_progress_bar_config(disable=True)
+    images = sana.pipe(
+        "a large plain red square in the middle",
+        num_images_per_prompt=4,
+        num_inference_steps=10,
+        guidance_scale=1.0,
+        height=32,
+        width=32,
+        use_resolution_binning=False,
+        generator=torch.Generator().manual_seed(0),
+        output_type="np",
+    ).images
+    r, g, b = np.moveaxis(images[:, 10:22, 10:22], -1, 0)
+    assert (r.mean() > 0.6) and (g.mean() < 0.5) and (b.mean() < 0.5)
+
+
+def test_velocity_is_noise_minus_data_at_times_from_0_to_1(model, monkeypatch):
+    """The flow loss of the pretrained model is low; with a wrong sign, time or guidance it is
+    not."""
+    g = torch.Generator().manual_seed(1)
+    prompts = [TRAIN_PROMPTS[i] for i in torch.randperm(len(TRAIN_PROMPTS), generator=g)[:128]]
+    images, config = 2 * draw(prompts, g) - 1, model.vae.config
+    with torch.no_grad():
+        encoded = model.vae.encode(images)
+    x_0 = encoded.latent if isinstance(model, models.Sana) else encoded.latent_dist.mode()
+    x_0 = (x_0 - (config.get("shift_factor") or 0)) * config.scaling_factor
+    text = model.encode(prompts)
+    noise, t = torch.randn(x_0.shape, generator=g), torch.rand(len(x_0), generator=g)
+    x_t = torch.lerp(x_0, noise, t[:, None, None, None])
+
+    @torch.no_grad()
+    def loss(time, sign=1):
+        v = sign * model.velocity(model.transformer, x_t, time, text)
+        return ((v - (noise - x_0)) ** 2).mean()
+
+    right, nothing = loss(t), ((noise - x_0) ** 2).mean()
+    assert right < 0.4 * nothing  # 0.19 to 0.27, a little different on each machine
+    assert loss(t, sign=-1) > nothing
+    for wrong in (t / 1000, t * 1000, 1 - t):
+        assert loss(wrong) > 1.3 * right
+    if isinstance(model, models.Flux):
+        monkeypatch.setattr(model, "guidance", 3.5)
+        assert loss(t) > 1.3 * right
+
+
+@pytest.mark.parametrize("name", MODEL_NAMES)
+def test_policies_switch_and_switch_back(name, world):
+    model = load(world, name)
+    base = copy.deepcopy(model.transformer)
+    models.add_lora(model, 4, 8)
+    transformer = model.transformer
+    for p in models.lora_parameters(transformer, "default"):
+        p.data.add_(0.05)
+    models.follow(transformer, "old", eta=0.25)
+    text = model.encode(["a small plain red ring at the top"])
+    x, t = torch.randn(1, *model.latent_shape), torch.tensor([0.5])
+
+    def velocity(which):
+        with torch.no_grad():
+            return model.velocity(which, x, t, text)
+
+    default = velocity(transformer)
+    got = {}
+    for adapter in ("base", "old", "ema"):
+        with models.policy(transformer, adapter):
+            got[adapter] = velocity(transformer)
+    assert torch.equal(velocity(transformer), default)
+    assert not torch.allclose(got["old"], got["base"]) and not torch.allclose(got["old"], default)
+    assert torch.allclose(got["base"], velocity(base), atol=1e-6)
+    trainable = [name for name, p in transformer.named_parameters() if p.requires_grad]
+    assert trainable and all(".default." in name for name in trainable)
+
+
+@pytest.mark.parametrize("name, adapted", [("sana", 32), ("flux", 14), ("sd3", 23)])
+def test_lora_adapts_the_attention_layers_of_the_paper(name, adapted, world):
+    model = load(world, name)
+    models.add_lora(model, 4, 8)
+    layers = {n.split(".lora_")[0] for n, _ in model.transformer.named_parameters() if "lora_" in n}
+    assert len(layers) == adapted and all("attn" in layer for layer in layers)
+
+
+def test_nothing_in_a_pretrained_folder_is_executed(world, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return open, (str(tmp_path / "ran"), "w")
+
+    def pickled(folder, victim):
+        (folder / victim).unlink()
+        name = victim.replace("model.safetensors", "pytorch_model.bin")
+        name = name.replace("diffusion_pytorch_pytorch_model", "diffusion_pytorch_model")
+        torch.save(Evil(), folder / name)
+
+    def code(folder, part):
+        (folder / part / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nEvil = 1\n")
+        index = json.loads((folder / "model_index.json").read_text())
+        (folder / "model_index.json").write_text(json.dumps(index | {part: ["evil", "Evil"]}))
+
+    def automatic(folder, part):
+        """As transformers' Auto classes take it, where `trust_remote_code` is given."""
+        code(folder, part)
+        kind = "AutoModel" if "encoder" in part else "AutoTokenizer"
+        index = json.loads((folder / "model_index.json").read_text())
+        index |= {part: ["transformers", kind]}
+        (folder / "model_index.json").write_text(json.dumps(index))
+        file = folder / part / ("config.json" if "encoder" in part else "tokenizer_config.json")
+        config = json.loads(file.read_text())
+        config |= {"auto_map": {kind: "evil.Evil"}, "model_type": "evil"}
+        file.write_text(json.dumps(config))
+
+    weights = "diffusion_pytorch_model.safetensors"
+    for number, (how, what) in enumerate(
+        [
+            (pickled, f"vae/{weights}"),
+            (pickled, f"transformer/{weights}"),
+            (pickled, "text_encoder/model.safetensors"),
+            (code, "transformer"),
+            (code, "text_encoder"),
+            (code, "tokenizer"),
+            (automatic, "text_encoder"),
+            (automatic, "tokenizer"),
+        ]
+    ):
+        folder = tmp_path / str(number)
+        shutil.copytree(world / "flux", folder)
+        how(folder, what)
+        with pytest.raises(InputError, match="cannot be loaded") as error:
+            models.load("flux", folder, 32)
+        assert "\n" not in str(error.value) and not (tmp_path / "ran").exists(), (how, what)
+
+
+def test_another_models_folder_and_a_broken_one_are_named_in_a_line(world, tmp_path):
+    shutil.copytree(world / "flux", tmp_path / "broken")
+    (tmp_path / "broken" / "text_encoder_2" / "model.safetensors").write_bytes(b"x" * 99)
+    for folder, says in (
+        (world / "sana", "is a SanaPipeline, not --model flux; try --model sana"),
+        (tmp_path / "broken", "cannot be loaded"),
+        (tmp_path, "no readable model_index.json"),
+        (tmp_path / "absent", "neither a diffusers folder nor such a model on the hub"),
+    ):
+        with pytest.raises(InputError, match=says) as error:
+            models.load("flux", folder)
+        assert str(error.value).startswith(f"--pretrained {folder}")
+        assert "\n" not in str(error.value)
+
+
+def test_a_text_encoder_without_some_of_its_weights_is_refused(world, tmp_path):
+    """transformers fills in random numbers, and diffusers does not tell."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(world / "flux", tmp_path / "flux")
+    path = tmp_path / "flux" / "text_encoder_2" / "model.safetensors"
+    weights = load_file(path)
+    missing = sorted(weights)[0]
+    save_file({k: v for k, v in weights.items() if k != missing}, path, {"format": "pt"})
+    with pytest.raises(InputError, match=f"text_encoder_2 lacks {missing}"):
+        models.load("flux", tmp_path / "flux")
+
+
+def test_a_hub_that_does_not_answer_is_given_up_after_seconds(tmp_path):
+    code = (
+        "import time\n"
+        "from support import errors, models\n"
+        "since = time.time()\n"
+        "try:\n"
+        "    models.check_pretrained('flux', 'a/silent')\n"
+        "except errors.InputError as error:\n"
+        "    print(f'{time.time() - since:.1f} {error}')\n"
+    )
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and says nothing
+        environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+        environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}"}
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=PROJECT,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+    seconds, line = done.stdout.strip().split(" ", 1)
+    assert float(seconds) < 15 and "\n" not in line
+    assert line.startswith("--pretrained a/silent: no such folder, and the hub cannot be asked")
+
+
+def test_importing_the_models_prints_nothing():
+    done = subprocess.run(
+        [sys.executable, "-c", "from support import models"],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.stdout, done.stderr) == ("", "")
