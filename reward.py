@@ -34,8 +34,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from support import preference
-from support.errors import InputError, NonFinite, one_line
+from support import hub, preference, world
+from support.errors import InputError, NonFinite, one_line, require
 
 
 class CLIPScore(preference.CLIPReward):
@@ -45,13 +45,11 @@ class CLIPScore(preference.CLIPReward):
     repository, file = "openai/clip-vit-large-patch14", "model.safetensors"
 
     def __init__(self, device, folder=None):
-        folder = folder or preference.fetch(self.repository, ("*.json", "*.txt", self.file))
+        folder = folder or hub.fetch(self.repository, ("*.json", "*.txt", self.file))
         super().__init__(device, tokenizer=folder, weights=folder)
 
     def __call__(self, images, prompts, metadata):
-        pixels = preference.clip_pixels(images.to(self.clip.device), self.side)
-        image, text = self.embed_pixels(pixels), self.embed_prompts(prompts)  # (n, d) each
-        return torch.cosine_similarity(image, text, dim=-1)
+        return self.cosine(images, prompts)
 
 
 PUBLISHED = {
@@ -77,8 +75,8 @@ class Reward:
 
         Raises InputError if images are not as rewards expect them or a reward fails, and NonFinite
         if a score is NaN or infinite."""
-        if images.dim() != 4 or images.shape[:2] != (len(prompts), 3) or 0 in images.shape:
-            raise InputError(f"{len(prompts)} images (3, H, W) to score, not {tuple(images.shape)}")
+        right = images.dim() == 4 and images.shape[:2] == (len(prompts), 3) and images.numel()
+        require(right, f"{len(prompts)} images (3, H, W) to score, not {tuple(images.shape)}")
         in_range = ((images >= 0) & (images <= 1)).flatten(1).all(dim=1)  # False for NaN
         for i in (~in_range).nonzero()[:1, 0].tolist():
             raise InputError(f"an image for prompt {prompts[i]!r} has pixels outside [0, 1] or NaN")
@@ -113,8 +111,8 @@ def raw_scores(name, function, images, prompts, metadata):
         raise
     except (Exception, SystemExit) as error:
         raise InputError(f"{prefix} raised {type(error).__name__}: {one_line(error)}") from error
-    if scores.shape != (len(prompts),):
-        raise InputError(f"{prefix} returned shape {tuple(scores.shape)}, not ({len(prompts)},)")
+    shape, expected = tuple(scores.shape), (len(prompts),)
+    require(shape == expected, f"{prefix} returned shape {shape}, not {expected}")
     return scores
 
 
@@ -142,12 +140,12 @@ def read_spec(spec, option="--reward"):
     for item in spec.split(","):
         name, weight = re.fullmatch(rf"(?s)(.*?)(?::({number}))?", item.strip()).groups("1")
         weight = float(weight)
-        if weight in (0, float("inf"), -float("inf")):
-            raise InputError(f"{option} {item}: a weight must be a finite number, not 0")
+        usable = weight and np.isfinite(weight)
+        require(usable, f"{option} {item}: a weight must be a finite number, not 0")
         function = None if name in PUBLISHED else user_function(name, option)
         name = name.rpartition("/")[2]  # as it is logged
-        if name in [part[0] for part in parts]:
-            raise InputError(f"{option} {spec!r}: {name} is in it twice")
+        twice = name in [part[0] for part in parts]
+        require(not twice, f"{option} {spec!r}: {name} is in it twice")
         parts.append((name, weight, function))
     return parts
 
@@ -155,16 +153,16 @@ def read_spec(spec, option="--reward"):
 def user_function(name, option):
     """The function that "path/to/file.py:function" names. Raises InputError."""
     path, _, function = name.rpartition(":")
-    if not path.endswith(".py") or not Path(path).is_file():
-        known = ", ".join(PUBLISHED)
-        raise InputError(f"{option} {name!r}: not one of {known}, nor an existing file.py:function")
+    prefix, is_file = f"{option} {name!r}", path.endswith(".py") and Path(path).is_file()
+    known = ", ".join(PUBLISHED)
+    require(is_file, f"{prefix}: not one of {known}, nor an existing file.py:function")
     try:
         module = execute(Path(path).resolve(), Path(path).stat().st_mtime_ns)
     except (Exception, SystemExit) as error:
-        reason = f"{path} fails to import: {type(error).__name__}: {one_line(error)}"
-        raise InputError(f"{option} {name!r}: {reason}") from error
-    if not callable(getattr(module, function, None)):
-        raise InputError(f"{option} {name!r}: {path} has no function {function}")
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise InputError(f"{prefix}: {path} fails to import: {reason}") from error
+    is_function = callable(getattr(module, function, None))
+    require(is_function, f"{prefix}: {path} has no function {function}")
     return getattr(module, function)
 
 
@@ -200,8 +198,6 @@ def main(argv=None):
     try:
         images = [read_image(path) for path in options.images]
         read_spec(options.reward)  # refuses a wrong one before anything is pretrained
-        if options.tiny:
-            from support import world
         clip = world.ensure_models() / "clip" if options.tiny else None
         reward = build_reward(options.reward, options.device, clip)
         scores = [reward.scores(image, [options.prompt]) for image in images]

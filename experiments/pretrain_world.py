@@ -316,7 +316,7 @@ def random_t5(tokenizer, d_model):
 
 
 def build_sana(builder):
-    instruction = "\n".join(models.Sana.instruction())
+    instruction = "\n".join(models.Sana.instruction)
     tokenizer = build_tokenizer(CAPTIONS + [instruction] * 10, "<bos> $A")
     text_encoder = Gemma2Model(
         Gemma2Config(

@@ -3,6 +3,7 @@ what other packages print to no use of the user; it must not import torch."""
 
 import logging
 import os
+import warnings
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # importing FLUX.1 would warn twice
 for name in (
@@ -13,3 +14,5 @@ for name in (
     "diffusers.pipelines.stable_diffusion_3",
 ):
     logging.getLogger(name).setLevel(logging.ERROR)
+# peft warns of a second adapter, as if it had been added by mistake.
+warnings.filterwarnings("ignore", message="Already found a `peft_config`")

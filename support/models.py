@@ -10,7 +10,6 @@ transformer. The rest is shared. Everywhere in this project
 import contextlib
 import inspect
 import json
-import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,28 +17,22 @@ from support import te  # noqa: F401  before peft, which cannot be imported besi
 
 # isort: split
 
+import diffusers
 import numpy as np
 import torch
 import transformers
-from diffusers import (
-    DPMSolverMultistepScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-    SanaPipeline,
-    StableDiffusion3Pipeline,
-)
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-from diffusers.utils import logging as diffusers_logging
-from huggingface_hub import errors as hub_errors
-from huggingface_hub import hf_hub_download, model_info, try_to_load_from_cache
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from transformers.utils import logging as transformers_logging
 
 from support import world
-from support.errors import InputError, one_line, written_whole
+from support.errors import InputError, one_line, require, written_whole
+from support.hub import fetch
 
-SOLVERS = ("euler", "dpm")
+SOLVERS = {
+    "euler": diffusers.FlowMatchEulerDiscreteScheduler,
+    "dpm": diffusers.DPMSolverMultistepScheduler,
+}
 DECODED_PIXELS = 2**21  # of the images that are decoded at once: two of 1024 x 1024
 
 
@@ -66,18 +59,20 @@ class Model:
     published = ""  # id on the hub
     variant = None  # of the published files
     paper = {}  # the paper's options for this model where they differ from Config's defaults
-    lora_targets = ()  # ends of the names of the layers that LoRA adapts
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0")  # ends of names of layers for LoRA
     keep_bf16 = ()  # parts of the names of layers that the explorer does not quantize
     token_limits = {}  # tokenizer -> number of tokens of a prompt that the pipeline reads
     patch = None  # a token is patch x patch latents; None: as the transformer's config says
 
     def __init__(self, pipe, resolution, solver):
         self.pipe, self.transformer, self.vae = pipe, pipe.transformer, pipe.vae
-        self.solver = solver
-        patch = self.patch or self.transformer.config.patch_size
-        self.multiple = pipe.vae_scale_factor * patch
-        if resolution < self.multiple or resolution % self.multiple:
-            raise InputError(f"--resolution {resolution}: must be a multiple of {self.multiple}")
+        self.solver, config = solver, pipe.transformer.config
+        prefix = f"--resolution {resolution}"
+        multiple = pipe.vae_scale_factor * (self.patch or config.patch_size)
+        fits = resolution > 0 and resolution % multiple == 0
+        require(fits, f"{prefix}: must be a multiple of {multiple}")
+        largest = multiple * config.get("pos_embed_max_size", resolution)  # only SD3.5 has one
+        require(resolution <= largest, f"{prefix}: this model has positions up to {largest}")
         side = resolution // pipe.vae_scale_factor
         self.latent_shape = (self.vae.config.latent_channels, side, side)
 
@@ -90,34 +85,28 @@ class Model:
         lines = []
         for name in self.token_limits:
             limit, token_ids = self.token_limit(name), getattr(self.pipe, name)(prompts).input_ids
-            too_long = sum(len(ids) > limit for ids in token_ids)
-            if too_long:
+            if too_long := sum(len(ids) > limit for ids in token_ids):
                 lines.append(f"{too_long} prompts lose what comes after {limit} tokens ({name})")
         return lines
 
     @torch.no_grad()
     def encode(self, prompts):
         """n prompts -> Text of n rows on the CPU, equal to what the pipeline makes by default."""
-        batches = [
-            self.encode_batch(prompts[i : i + 32]).to("cpu") for i in range(0, len(prompts), 32)
-        ]
-        return Text(*(None if part[0] is None else torch.cat(part) for part in zip(*batches)))
+        batches = [prompts[i : i + 32] for i in range(0, len(prompts), 32)]
+        texts = [self.encode_batch(batch).to("cpu") for batch in batches]
+        return Text(*(None if part[0] is None else torch.cat(part) for part in zip(*texts)))
 
-    def scheduler(self, steps):
+    def scheduler(self, steps, **timestep_options):
         """diffusers' scheduler for `solver`, with the published shift and its timesteps set."""
         config = self.pipe.scheduler.config
         shift = config.get("shift", config.get("flow_shift"))
-        if self.solver == "euler":
-            scheduler = FlowMatchEulerDiscreteScheduler.from_config(config, shift=shift)
-        else:
-            flow = dict(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
-            scheduler = DPMSolverMultistepScheduler.from_config(config, solver_order=2, **flow)
-        self.set_timesteps(scheduler, steps)
+        # Each class takes those of the options that it knows.
+        options = dict(prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=2)
+        options |= dict(shift=shift, flow_shift=shift)
+        scheduler = SOLVERS[self.solver].from_config(config, **options)
+        scheduler.set_timesteps(steps, **timestep_options)
         scheduler.set_begin_index(0)
         return scheduler
-
-    def set_timesteps(self, scheduler, steps):
-        scheduler.set_timesteps(steps)
 
     @torch.no_grad()
     def decode(self, latents):
@@ -125,19 +114,18 @@ class Model:
         config = self.vae.config
         z = latents.to(self.vae.dtype) / config.scaling_factor + (config.get("shift_factor") or 0)
         pixels = (z.shape[-1] * self.pipe.vae_scale_factor) ** 2
-        batches = z.split(max(1, DECODED_PIXELS // pixels))
-        images = torch.cat(
-            [self.vae.decode(part, return_dict=False)[0].float() for part in batches]
-        )
-        return (images / 2 + 0.5).clamp(0, 1)
+        parts = z.split(max(1, DECODED_PIXELS // pixels))
+        images = [self.vae.decode(part, return_dict=False)[0].float() for part in parts]
+        return (torch.cat(images) / 2 + 0.5).clamp(0, 1)
 
     def velocity(self, transformer, x_t, t, text):
         """v float32 like x_t (n, c, h, w), at times t (n,) in [0, 1], without guidance.
 
         transformer: this model's or a copy of it; text: Text of n rows on the same device.
         """
-        config, dtype = transformer.config, transformer.dtype
-        timestep = (1000 * t).to(x_t.device, torch.float32) * config.get("timestep_scale", 1.0)
+        dtype = transformer.dtype
+        timestep = (1000 * t).to(x_t.device, torch.float32)
+        timestep = timestep * transformer.config.get("timestep_scale", 1.0)  # SANA has one
         inputs = dict(encoder_hidden_states=text.embeds.to(dtype), timestep=timestep)
         if text.mask is not None:
             inputs["encoder_attention_mask"] = text.mask
@@ -147,31 +135,28 @@ class Model:
 
     def call(self):
         """Keyword arguments with which the pipeline draws as this project does."""
-        return {}
+        return {"max_sequence_length": self.token_limit(list(self.token_limits)[-1])}
 
     def free_text_encoders(self):
-        for name in [n for n in self.pipe.components if n.startswith("text_encoder")]:
-            setattr(self.pipe, name, None)
+        self.pipe.text_encoder = self.pipe.text_encoder_2 = self.pipe.text_encoder_3 = None
 
 
 class Sana(Model):
     """SANA (arXiv 2410.10629): linear attention, deep-compression autoencoder, Gemma2."""
 
-    pipeline = SanaPipeline
+    pipeline = diffusers.SanaPipeline
     published = "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers"
     variant = "bf16"
     paper = dict(resolution=1024, solver="euler", min_dim=2240)
-    lora_targets = ("to_q", "to_k", "to_v", "to_out.0")  # of self- and cross-attention
     # In the published code one fused layer makes self-attention's q, k and v; it stays in BF16.
     keep_bf16 = ("patch_embed", "time_embed", "caption_projection", "proj_out")
     keep_bf16 += ("attn1.to_q", "attn1.to_k", "attn1.to_v")
     token_limits = {"tokenizer": 300}
 
-    @staticmethod
-    def instruction():
-        """The lines that the pipeline puts before every prompt by default."""
-        parameters = inspect.signature(SanaPipeline.__call__).parameters
-        return parameters["complex_human_instruction"].default
+    # The lines that the pipeline puts before every prompt by default.
+    instruction = (
+        inspect.signature(pipeline.__call__).parameters["complex_human_instruction"].default
+    )
 
     def call(self):
         return {"use_resolution_binning": False}  # binning samples at another size
@@ -184,11 +169,9 @@ class Sana(Model):
         return super().encode(prompts)
 
     def encode_batch(self, prompts):
+        options = dict(complex_human_instruction=self.instruction, max_sequence_length=self.padded)
         embeds, mask, _, _ = self.pipe.encode_prompt(
-            prompts,
-            do_classifier_free_guidance=False,
-            complex_human_instruction=self.instruction(),
-            max_sequence_length=self.padded,
+            prompts, do_classifier_free_guidance=False, **options
         )
         return Text(embeds, mask=mask)
 
@@ -197,17 +180,13 @@ class Flux(Model):
     """FLUX.1: blocks of two streams and of one, packed latents, CLIP and T5. Guidance is distilled
     into an embedding of its scale, which the paper sets to 1."""
 
-    pipeline = FluxPipeline
+    pipeline = diffusers.FluxPipeline
     published = "black-forest-labs/FLUX.1-dev"
     paper = dict(resolution=512, solver="dpm", min_dim=1000, eval_steps=28, timestep_fraction=0.4)
-    lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
     keep_bf16 = ("x_embedder", "context_embedder", "time_text_embed", "norm_out")
     token_limits = {"tokenizer": 77, "tokenizer_2": 512}
     patch = 2  # 2 x 2 latents are packed into one token before the transformer
     guidance = 1.0
-
-    def call(self):
-        return {"max_sequence_length": self.token_limit("tokenizer_2")}
 
     def encode_batch(self, prompts):
         embeds, pooled, _ = self.pipe.encode_prompt(prompts, prompt_2=None, **self.call())
@@ -219,64 +198,50 @@ class Flux(Model):
         (n, c, h, w), scale = x_t.shape, self.pipe.vae_scale_factor
         guidance = torch.as_tensor(self.guidance, device=device).expand(n)
         v = transformer(
-            FluxPipeline._pack_latents(x_t, n, c, h, w).to(dtype),
+            self.pipe._pack_latents(x_t, n, c, h, w).to(dtype),
             encoder_hidden_states=text.embeds.to(dtype),
             pooled_projections=text.pooled.to(dtype),
             # The transformer takes t and multiplies it by 1000; this rounds as the pipeline does.
             timestep=(1000 * t).to(device, torch.float32) / 1000,
             guidance=guidance if transformer.config.guidance_embeds else None,
-            img_ids=FluxPipeline._prepare_latent_image_ids(n, h // 2, w // 2, device, dtype),
+            img_ids=self.pipe._prepare_latent_image_ids(n, h // 2, w // 2, device, dtype),
             txt_ids=torch.zeros(text.embeds.shape[1], 3, device=device, dtype=dtype),
             return_dict=False,
         )[0].float()
-        return FluxPipeline._unpack_latents(v, h * scale, w * scale, scale)
+        return self.pipe._unpack_latents(v, h * scale, w * scale, scale)
 
-    def set_timesteps(self, scheduler, steps):
+    def scheduler(self, steps):
         """The shift grows with the number of image tokens, except for FLUX.1-schnell."""
-        config, mu = self.pipe.scheduler.config, {}
-        tokens = (self.latent_shape[1] // 2) ** 2
+        config, options = self.pipe.scheduler.config, {}
         names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
         if config.use_dynamic_shifting:
-            mu = {"mu": calculate_shift(tokens, *(config[name] for name in names))}
-        sigmas = {"sigmas": np.linspace(1, 1 / steps, steps)} if self.solver == "euler" else {}
-        scheduler.set_timesteps(steps, **mu, **sigmas)
+            tokens = (self.latent_shape[1] // 2) ** 2
+            options["mu"] = calculate_shift(tokens, *(config[name] for name in names))
+        if self.solver == "euler":
+            options["sigmas"] = np.linspace(1, 1 / steps, steps)
+        return super().scheduler(steps, **options)
 
 
 class SD3(Model):
     """Stable Diffusion 3.5 Large: joint attention with normalized queries and keys; the features of
     two CLIPs and T5 side by side."""
 
-    pipeline = StableDiffusion3Pipeline
+    pipeline = diffusers.StableDiffusion3Pipeline
     published = "stabilityai/stable-diffusion-3.5-large"
     paper = dict(resolution=1024, solver="dpm", min_dim=2432, max_grad_norm=0.002)
-    lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
-    lora_targets += ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+    lora_targets = Model.lora_targets + ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
     # The paper's list says "norm1"; we take it to mean norm1 and norm1_context.
     keep_bf16 = ("pos_embed", "context_embedder", "time_text_embed", "norm_out", "ff_context")
     keep_bf16 += ("norm1", "norm1_context")
     token_limits = {"tokenizer": 77, "tokenizer_2": 77, "tokenizer_3": 256}
 
-    def __init__(self, pipe, resolution, solver):
-        super().__init__(pipe, resolution, solver)
-        largest = self.transformer.config.pos_embed_max_size * self.multiple
-        if resolution > largest:
-            raise InputError(f"--resolution {resolution}: this model has positions up to {largest}")
-
-    def call(self):
-        return {"max_sequence_length": self.token_limit("tokenizer_3")}
-
     def encode_batch(self, prompts):
-        embeds, _, pooled, _ = self.pipe.encode_prompt(
-            prompts, prompt_2=None, prompt_3=None, do_classifier_free_guidance=False, **self.call()
-        )
+        options = dict(prompt_2=None, prompt_3=None, do_classifier_free_guidance=False)
+        embeds, _, pooled, _ = self.pipe.encode_prompt(prompts, **options, **self.call())
         return Text(embeds, pooled=pooled)
 
 
 MODELS = {"sana": Sana, "flux": Flux, "sd3": SD3}
-
-
-# ---------------------------------------------------------------------------------------------
-# Loading
 
 
 def load(name, folder=None, resolution=None, solver=None, device="cpu", dtype=torch.bfloat16):
@@ -284,15 +249,15 @@ def load(name, folder=None, resolution=None, solver=None, device="cpu", dtype=to
 
     folder: a diffusers folder or an id on the hub; None is the tiny model, made if it is missing.
     resolution: side of the images in pixels, solver: of SOLVERS; None is the paper's choice (of the
-    tiny model's resolution, 32). Raises InputError if the folder holds another model, is missing or
-    broken, the hub cannot be reached, or the resolution does not suit the model.
+    tiny model's resolution, 32). Raises InputError if that model cannot be loaded or the resolution
+    does not suit it.
     """
-    model_class = MODELS[name]
+    model_class, paper = MODELS[name], MODELS[name].paper
     if folder is None:
         folder, resolution = world.ensure_models(name) / name, resolution or world.SIDE
     parts = check_pretrained(name, folder)
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     # SANA's text encoder is published only as a variant, so copies of it have only that, too.
     copied = any(Path(folder).glob(f"*/*.{model_class.variant}*.safetensors"))
     variant = model_class.variant if copied or folder == model_class.published else None
@@ -311,43 +276,29 @@ def load(name, folder=None, resolution=None, solver=None, device="cpu", dtype=to
         raise InputError(f"--pretrained {folder}: cannot be loaded: {one_line(error)}") from error
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
-            part.requires_grad_(False).eval()
-    paper = model_class.paper
+            part.requires_grad_(False)
     return model_class(pipe, resolution or paper["resolution"], solver or paper["solver"])
 
 
 def check_pretrained(name, folder):
     """The content of model_index.json, of a folder or the hub, before anything large is loaded.
     Raises InputError if there is none, or if it is not that of the model `name`."""
-    prefix, is_folder = f"--pretrained {folder}", Path(folder).is_dir()
-    absent = (hub_errors.RepositoryNotFoundError, hub_errors.RemoteEntryNotFoundError)
+    prefix, path = f"--pretrained {folder}", Path(folder)
     try:
-        path = Path(folder) / "model_index.json"
-        if not is_folder:
-            path = try_to_load_from_cache(str(folder), path.name)
-        if not isinstance(path, (str, Path)):  # not in the cache
-            model_info(str(folder), timeout=5)  # fails fast; a download would retry for a minute
-            path = hf_hub_download(str(folder), "model_index.json")
-        parts = json.loads(Path(path).read_text())
+        if not path.is_dir():
+            path = fetch(str(folder), ["model_index.json"], whole=True)
+        parts = json.loads((path / "model_index.json").read_text())
         pipeline = parts["_class_name"]
-    except Exception as error:  # the network and broken files raise exceptions of many kinds
-        if isinstance(error, hub_errors.GatedRepoError):
-            problem = "gated; accept its licence on the hub and log in with `hf auth login`"
-        elif isinstance(error, (*absent, hub_errors.HFValidationError)):
-            problem = "neither a diffusers folder nor such a model on the hub"
-        elif is_folder:
-            problem = f"no readable model_index.json in this folder: {one_line(error)}"
-        else:
-            problem = f"no such folder, and the hub cannot be asked for it: {one_line(error)}"
-        raise InputError(f"{prefix}: {problem}") from error
-    if pipeline != MODELS[name].pipeline.__name__:
-        fitting = [n for n, m in MODELS.items() if m.pipeline.__name__ == pipeline]
-        advice = f"try --model {fitting[0]}" if fitting else "no --model here is"
-        raise InputError(f"{prefix} is a {pipeline}, not --model {name}; {advice}")
+    except InputError as error:
+        raise InputError(f"--pretrained {error}") from error
+    except Exception as error:  # broken files raise exceptions of many kinds
+        raise InputError(f"{prefix}: no readable model_index.json: {one_line(error)}") from error
+    fitting = [n for n, m in MODELS.items() if m.pipeline.__name__ == pipeline]
+    advice = f"try --model {fitting[0]}" if fitting else "no --model here is"
+    require(name in fitting, f"{prefix} is a {pipeline}, not --model {name}; {advice}")
     return parts
 
 
-# ---------------------------------------------------------------------------------------------
 # LoRA: three adapters on one frozen base model. "default" is the policy, which is trained; "old" is
 # the old policy, which draws; "ema" is evaluated and saved.
 
@@ -358,15 +309,10 @@ def add_lora(model, rank, alpha):
     """Add the three adapters in float32, with equal values, drawn with torch's global generator.
     Only "default" requires gradients."""
     transformer = model.transformer
-    targets = list(model.lora_targets)
-    config = LoraConfig(
-        r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=targets
-    )
-    with warnings.catch_warnings():
-        # peft warns of a second adapter, as if it had been added by mistake.
-        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-        for adapter in ADAPTERS:
-            transformer.add_adapter(config, adapter_name=adapter)
+    options = dict(init_lora_weights="gaussian", target_modules=list(model.lora_targets))
+    config = LoraConfig(r=rank, lora_alpha=alpha, **options)
+    for adapter in ADAPTERS:
+        transformer.add_adapter(config, adapter_name=adapter)
     first = lora_parameters(transformer, ADAPTERS[0])
     for adapter in ADAPTERS:
         for p, value in zip(lora_parameters(transformer, adapter), first):

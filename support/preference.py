@@ -2,89 +2,44 @@
 
 They give the scores of their own code (tests/originals.py), because three things are the same:
  1. The picture. Their code reads a file, which has 8 bits a channel, and resizes it with Pillow,
-    which rounds to 8 bits after each of its two passes. `resize_and_crop` does exactly that with
-    tensors on their own device. (Only HPSv2 resizes in floating point.)
+    which rounds to 8 bits after each of its two passes. (Only HPSv2 resizes in floating point.)
  2. The prompt. ftfy cleans it for HPSv2; it is cut off after 77 tokens, for ImageReward after 35.
  3. The weights. They are loaded strictly: no key may be missing or left over.
 """
 
 import html
 import re
-from pathlib import Path
 
 import ftfy
+import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from huggingface_hub import model_info, snapshot_download
-from huggingface_hub.utils import HfHubHTTPError
+from PIL import Image
 from torch import nn
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from support.errors import InputError, one_line
-
-
-def fetch(repository, patterns):
-    """The folder on this machine that holds the files of a repository, downloaded where needed.
-    If the hub cannot be reached, the hub's cache will do. Raises InputError."""
-    unreachable = None
-    try:
-        model_info(repository, timeout=5)  # snapshot_download by itself can wait for minutes
-    except HfHubHTTPError:
-        pass  # The hub answers; if it refuses, snapshot_download says why.
-    except Exception as error:  # Several libraries raise their own when there is no network.
-        unreachable = error
-    includes = " ".join(f"--include '{pattern}'" for pattern in patterns)
-    advice = (
-        f"on a machine with network run: hf download {repository} {includes}; "
-        "then copy its ~/.cache/huggingface/hub here and set HF_HUB_OFFLINE=1"
-    )
-    options = dict(allow_patterns=list(patterns), local_files_only=unreachable is not None)
-    try:
-        folder = Path(snapshot_download(repository, **options))
-    except Exception as error:
-        reason = f"{advice} ({one_line(unreachable or error)})"
-        raise InputError(f"{repository} cannot be fetched; {reason}") from error
-    for pattern in patterns:
-        if not any(folder.glob(pattern)):
-            raise InputError(f"{repository} has no {folder / pattern}; {advice}")
-    return folder
-
-
-def bicubic_matrix(size, new_size, start, count):
-    """Rows `start` to `start + count` of the (new_size, size) matrix by which Pillow's bicubic
-    filter resizes a line of pixels, float64 (count, size). As in Pillow its entries are fixed-point
-    numbers: integers, where 2^22 stands for 1 (Pillow, Resample.c, precompute_coeffs)."""
-    scale = size / new_size
-    stretch = max(scale, 1.0)  # antialiasing: the filter widens when the picture gets smaller
-    rows = torch.arange(start, start + count, dtype=torch.float64)
-    centre = (rows[:, None] + 0.5) * scale
-    pixel = torch.arange(size, dtype=torch.float64)
-    x = ((pixel + 0.5 - centre) / stretch).abs()
-    near, far = ((1.5 * x - 2.5) * x) * x + 1, (((x - 5) * x + 8) * x - 4) * -0.5
-    weight = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
-    first, last = centre - 2 * stretch + 0.5, centre + 2 * stretch + 0.5
-    weight = weight * ((pixel >= first.trunc()) & (pixel < last.trunc()))
-    weight = weight * (1 / weight.sum(dim=1, keepdim=True)) * 2**22
-    return (weight + 0.5 * weight.sign()).trunc()
+from support.errors import InputError
+from support.hub import fetch
 
 
 def resize_and_crop(images, side, round_offset):
-    """Resize the shorter edge to `side` as Pillow does, then cut out the central square.
+    """Resize the shorter edge to `side` by Pillow's bicubic filter; cut out the central square.
 
-    images: (n, 3, H, W) in [0, 1]; returns whole numbers 0 to 255, float64 (n, 3, side, side).
-    round_offset: `int` or `round`, for the offset of the crop. Only the crop is computed.
+    images: (n, 3, H, W) in [0, 1]; returns uint8 (n, 3, side, side) on the same device.
+    round_offset: `int` or `round`, for the offset of the crop.
     """
-    images = (255 * images).round()  # 8 bits, as in the file that a pipeline would have saved
-    shorter = min(images.shape[-2:])
-    matrices = []
-    for size in images.shape[-2:]:
-        new_size = int(side * size / shorter)
-        start = round_offset((new_size - side) / 2)
-        matrices.append(bicubic_matrix(size, new_size, start, side).to(images.device))
-    for matrix in reversed(matrices):  # along x, then y: Pillow's order (version 13 may swap it)
-        images = (matrix @ images.double().mT + 2**21).div(2**22).floor().clamp(0, 255)
-    return images
+    h, w = images.shape[-2:]
+    height, width = (int(side * size / min(h, w)) for size in (h, w))
+    top, left = (round_offset((size - side) / 2) for size in (height, width))
+    pixels = (255 * images).round().byte()  # as in the file that a pipeline would have saved
+    cropped = []
+    for picture in pixels.permute(0, 2, 3, 1).cpu().numpy():
+        # Along x, then along y: Pillow 13 sometimes takes the other order, and rounds differently.
+        resized = Image.fromarray(picture).resize((width, h), Image.Resampling.BICUBIC)
+        resized = resized.resize((width, height), Image.Resampling.BICUBIC)
+        cropped.append(np.asarray(resized)[top : top + side, left : left + side])
+    return torch.tensor(np.stack(cropped), device=images.device).permute(0, 3, 1, 2)
 
 
 def normalize(images):
@@ -96,7 +51,7 @@ def normalize(images):
 def clip_pixels(images, side, round_offset=int):
     """CLIP's preprocessing: (n, 3, H, W) in [0, 1] -> float32 (n, 3, side, side). ImageReward uses
     torchvision's, which differs in `round_offset=round`."""
-    return normalize(resize_and_crop(images, side, round_offset) / 255)
+    return normalize(resize_and_crop(images, side, round_offset).double() / 255)
 
 
 def square_pixels(images, side):
@@ -105,9 +60,8 @@ def square_pixels(images, side):
     torchvision does by default since version 0.17, and not clamped to [0, 1]."""
     h, w = images.shape[-2:]
     images = (255 * images).round() / 255
-    if max(h, w) != side:
-        h, w = (max(1, round(size * (side / max(h, w)))) for size in (h, w))
-        images = F.interpolate(images, size=(h, w), mode="bicubic", antialias=True)
+    h, w = (max(1, round(size * (side / max(h, w)))) for size in (h, w))
+    images = F.interpolate(images, size=(h, w), mode="bicubic", antialias=True)
     left, top = (side - w) // 2, (side - h) // 2
     return normalize(F.pad(images, (left, side - w - left, top, side - h - top)))
 
@@ -125,35 +79,25 @@ class CLIPReward:
     def __init__(self, device, tokenizer, weights, **config_and_state):
         transformers.utils.logging.disable_progress_bar()  # it would end before anyone can read it
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer)
-        clip, info = transformers.CLIPModel.from_pretrained(
-            weights, **config_and_state, dtype=torch.float32, output_loading_info=True
-        )
+        options = dict(dtype=torch.float32, output_loading_info=True)
+        clip, info = transformers.CLIPModel.from_pretrained(weights, **config_and_state, **options)
         for problem in ("missing", "unexpected"):
             if keys := sorted(info[f"{problem}_keys"]):
                 raise InputError(f"{problem} key {keys[0]} in its weights")
         self.clip = clip.to(device).eval().requires_grad_(False)
-        self.side = clip.config.vision_config.image_size
 
     @torch.no_grad()
-    def embed_pixels(self, pixels):
-        """Preprocessed pictures (n, 3, side, side) -> (n, d)."""
-        return self.clip.get_image_features(pixel_values=pixels).pooler_output
-
-    @torch.no_grad()
-    def embed_prompts(self, prompts):
-        """n strings -> (n, d). Equal prompts are computed once."""
-        unique = list(dict.fromkeys(prompts))
-        limit = self.clip.config.text_config.max_position_embeddings  # in tokens
-        tokens = self.tokenizer(
-            unique, padding=True, truncation=True, max_length=limit, return_tensors="pt"
-        ).to(self.clip.device)
-        embeddings = self.clip.get_text_features(**tokens).pooler_output
-        return embeddings[[unique.index(prompt) for prompt in prompts]]
-
-    def cosine(self, pixels, prompts):
-        """Cosine of each picture's embedding and its prompt's, (n,)."""
-        images, texts = self.embed_pixels(pixels), self.embed_prompts(prompts)
-        return torch.cosine_similarity(images, texts, dim=-1)
+    def cosine(self, images, prompts, preprocess=clip_pixels):
+        """Cosine of each picture's embedding and its prompt's, (n,). Equal prompts are embedded
+        once. images: (n, 3, H, W) in [0, 1]."""
+        config, unique = self.clip.config, list(dict.fromkeys(prompts))
+        pixels = preprocess(images.to(self.clip.device), config.vision_config.image_size)
+        cut = dict(truncation=True, max_length=config.text_config.max_position_embeddings)
+        tokens = self.tokenizer(unique, padding=True, return_tensors="pt", **cut).to(pixels.device)
+        image = self.clip.get_image_features(pixel_values=pixels).pooler_output  # (n, d)
+        text = self.clip.get_text_features(**tokens).pooler_output
+        text = text[[unique.index(prompt) for prompt in prompts]]  # (n, d)
+        return torch.cosine_similarity(image, text, dim=-1)
 
 
 class PickScore(CLIPReward):
@@ -167,8 +111,7 @@ class PickScore(CLIPReward):
         super().__init__(device, tokenizer, fetch(self.repository, ("config.json", self.file)))
 
     def __call__(self, images, prompts, metadata):
-        pixels = clip_pixels(images.to(self.clip.device), self.side)
-        return self.clip.logit_scale.exp() * self.cosine(pixels, prompts) / 26
+        return self.clip.logit_scale.exp() * self.cosine(images, prompts) / 26
 
 
 class HPSv2(CLIPReward):
@@ -185,9 +128,8 @@ class HPSv2(CLIPReward):
         super().__init__(device, folder, None, config=config, state_dict=from_open_clip(state))
 
     def __call__(self, images, prompts, metadata):
-        pixels = square_pixels(images.to(self.clip.device), self.side)
         cleaned = [html.unescape(html.unescape(ftfy.fix_text(p))).strip() for p in prompts]
-        return self.cosine(pixels, cleaned)
+        return self.cosine(images, cleaned, square_pixels)
 
 
 def from_open_clip(state):
@@ -200,13 +142,12 @@ def from_open_clip(state):
         r"^visual\.ln_pre\.": "vision_model.pre_layrnorm.",
         r"^visual\.ln_post\.": "vision_model.post_layernorm.",
         r"^visual\.proj$": "visual_projection.weight",
-        r"^visual\.transformer\.": "vision_model.transformer.",
+        r"^visual\.transformer\.resblocks\.": "vision_model.encoder.layers.",
         r"^token_embedding\.": "text_model.embeddings.token_embedding.",
         r"^positional_embedding": "text_model.embeddings.position_embedding.weight",
         r"^ln_final\.": "text_model.final_layer_norm.",
         r"^text_projection$": "text_projection.weight",
-        r"^transformer\.": "text_model.transformer.",
-        r"\.transformer\.resblocks\.": ".encoder.layers.",
+        r"^transformer\.resblocks\.": "text_model.encoder.layers.",
         r"\.ln_([12])\.": r".layer_norm\1.",
         r"\.attn\.out_proj\.": ".self_attn.out_proj.",
         r"\.mlp\.c_fc\.": ".mlp.fc1.",
@@ -229,14 +170,9 @@ class ImageReward(nn.Module):
     repository, file = "THUDM/ImageReward", "ImageReward.pt"
     bert = "google-bert/bert-base-uncased"
     mean, std = 0.16717362830052426, 1.0333394966054072
-    vision_config = dict(  # where they differ from transformers' defaults
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        image_size=224,
-        layer_norm_eps=1e-6,
-    )
+    # Where the two differ from transformers' defaults.
+    vision_config = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24)
+    vision_config |= dict(num_attention_heads=16, image_size=224, layer_norm_eps=1e-6)
     text_config = dict(num_attention_heads=12, encoder_hidden_size=1024)
     names = {  # in its checkpoint -> in transformers
         r"^blip\.visual_encoder\.": "vision.",
@@ -259,12 +195,10 @@ class ImageReward(nn.Module):
 
     def __init__(self, device):
         super().__init__()
-        self.tokenizer = transformers.BertTokenizer.from_pretrained(
-            fetch(self.bert, ("vocab.txt",))
-        )
-        self.vision = transformers.BlipVisionModel(
-            transformers.BlipVisionConfig(**self.vision_config)
-        )
+        vocabulary = fetch(self.bert, ("vocab.txt",))
+        self.tokenizer = transformers.BertTokenizer.from_pretrained(vocabulary)
+        vision_config = transformers.BlipVisionConfig(**self.vision_config)
+        self.vision = transformers.BlipVisionModel(vision_config)
         text_config = transformers.BlipTextConfig(**self.text_config)
         self.text = transformers.BlipTextModel(text_config, add_pooling_layer=False)
         sizes = (text_config.hidden_size, 1024, 128, 64, 16, 1)
@@ -280,11 +214,10 @@ class ImageReward(nn.Module):
 
     @torch.no_grad()
     def forward(self, images, prompts, metadata):
-        device = self.head[0].weight.device
-        tokens = self.tokenizer(
-            prompts, padding="max_length", truncation=True, max_length=35, return_tensors="pt"
-        ).to(device)
-        pixels = clip_pixels(images.to(device), self.vision_config["image_size"], round)
+        device, side = self.head[0].weight.device, self.vision_config["image_size"]
+        cut = dict(padding="max_length", truncation=True, max_length=35)
+        tokens = self.tokenizer(prompts, return_tensors="pt", **cut).to(device)
+        pixels = clip_pixels(images.to(device), side, round)
         image = self.vision(pixel_values=pixels).last_hidden_state
         text = self.text(tokens.input_ids, tokens.attention_mask, encoder_hidden_states=image)
         return (self.head(text.last_hidden_state[:, 0]).squeeze(-1) - self.mean) / self.std
@@ -292,9 +225,6 @@ class ImageReward(nn.Module):
 
 def rename(state, names):
     """The same tensors; every pattern of `names` is replaced in their names, one after another."""
-    renamed = {}
-    for name, value in state.items():
-        for pattern, replacement in names.items():
-            name = re.sub(pattern, replacement, name)
-        renamed[name] = value
-    return renamed
+    for pattern, replacement in names.items():
+        state = {re.sub(pattern, replacement, name): value for name, value in state.items()}
+    return state

@@ -73,7 +73,7 @@ def test_prompts_are_encoded_as_the_pipeline_encodes_them(model):
     prompts = ["a large plain red circle in the middle", "a small plain red ring"]
     ours, pipe = model.encode(prompts), model.pipe
     if isinstance(model, models.Sana):  # which pads to its longest prompt, the pipeline to 300
-        how = dict(complex_human_instruction=model.instruction(), max_sequence_length=300)
+        how = dict(complex_human_instruction=model.instruction, max_sequence_length=300)
         embeds, mask, _, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False, **how)
         assert mask.sum(dim=1).tolist() == ours.mask.sum(dim=1).tolist()
         for i in range(2):
@@ -311,7 +311,7 @@ def test_another_models_folder_and_a_broken_one_are_named_in_a_line(world, tmp_p
         (world / "sana", "is a SanaPipeline, not --model flux; try --model sana"),
         (tmp_path / "broken", "cannot be loaded"),
         (tmp_path, "no readable model_index.json"),
-        (tmp_path / "absent", "neither a diffusers folder nor such a model on the hub"),
+        (tmp_path / "absent", "neither a folder nor such a model on the hub"),
     ):
         with pytest.raises(InputError, match=says) as error:
             models.load("flux", folder)
@@ -354,7 +354,7 @@ def test_a_hub_that_does_not_answer_is_given_up_after_seconds(tmp_path):
         )
     seconds, line = done.stdout.strip().split(" ", 1)
     assert float(seconds) < 15 and "\n" not in line
-    assert line.startswith("--pretrained a/silent: no such folder, and the hub cannot be asked")
+    assert line.startswith("--pretrained a/silent: the hub cannot be asked")
 
 
 def test_importing_the_models_prints_nothing():

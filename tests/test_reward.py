@@ -12,6 +12,8 @@ import originals
 import pytest
 import torch
 from conftest import PROJECT, error_line
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from originals import snapshot
@@ -244,7 +246,7 @@ def use_cache(monkeypatch):
         assert timeout <= 5
         raise ConnectionError("Name or service not known")
 
-    monkeypatch.setattr(preference, "model_info", unreachable)
+    monkeypatch.setattr("support.hub.model_info", unreachable)
     return lambda root: monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(root))
 
 
@@ -396,15 +398,14 @@ def test_without_the_hub_a_published_reward_says_what_would_do(tmp_path, use_cac
 def test_without_the_hub_only_its_cache_is_asked(name, hub, small, monkeypatch):
     def cache(repository, local_files_only, **options):
         assert local_files_only, "a download would ask again and again"
-        return download(repository, local_files_only=local_files_only, **options)
+        return snapshot_download(repository, local_files_only=local_files_only, **options)
 
-    download = preference.snapshot_download
-    monkeypatch.setattr(preference, "snapshot_download", cache)
+    monkeypatch.setattr("support.hub.snapshot_download", cache)
     assert torch.isfinite(build_reward(name)(torch.rand(1, 3, 32, 32), ["a"]))
 
 
 def test_what_the_hub_refuses_is_said_by_the_download(monkeypatch):
-    class Refused(preference.HfHubHTTPError):
+    class Refused(HfHubHTTPError):
         def __init__(self, says):
             Exception.__init__(self, says)
 
@@ -415,8 +416,8 @@ def test_what_the_hub_refuses_is_said_by_the_download(monkeypatch):
         assert not local_files_only
         raise Refused("gated: ask for access")
 
-    monkeypatch.setattr(preference, "model_info", refuse)
-    monkeypatch.setattr(preference, "snapshot_download", download)
+    monkeypatch.setattr("support.hub.model_info", refuse)
+    monkeypatch.setattr("support.hub.snapshot_download", download)
     with pytest.raises(InputError, match="gated: ask for access"):
         build_reward("imagereward")
 
