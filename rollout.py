@@ -1,13 +1,13 @@
 """Rollout: noise from seeds, the ODE sampler, a pool of candidates, and the explorer that draws it
 in FP4 (paper, steps 1 and 3).
 
-Sampling is a deterministic ODE without guidance, so a seed is a handle on an image: the NVFP4
-explorer and the BF16 policy start from the same noise and end close to each other.
+Sampling is a deterministic ODE without guidance, so a seed determines an image: the NVFP4 explorer
+and the BF16 policy start from the same noise and end close to each other.
 
-How close they end depends on one thing that is easy to miss. In NVFP4 every activation tensor has
-one global scale, so the images of a micro-batch influence each other; in any precision a matmul may
-sum in another order for another batch. A micro-batch therefore holds candidates of one prompt only,
-in the order of the pool, and its size comes from the options alone. The noise never depends on it.
+In NVFP4 every activation tensor has one global scale, so the images of a micro-batch influence each
+other; in any precision a matmul may sum in another order for another batch. A micro-batch therefore
+holds candidates of one prompt only, in the order of the pool, and its size comes from the options
+alone. The noise never depends on it.
 """
 
 import copy
@@ -32,7 +32,7 @@ def candidate_seeds(run_seed, step, prompt_index, n):
 
 
 def seed_globals(seed):
-    """Seed the global generators. Nothing of this project draws from them, but a reward may."""
+    """Seed the global generators, which only a user's reward may use."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -80,7 +80,7 @@ class Candidates:
     prompt: int  # index of the training prompt
     seeds: list  # n seeds; candidate i was drawn from initial_noise of seeds[i]
     latents: torch.Tensor  # x_0, float32 (n, c, h, w) on the CPU
-    scores: dict  # reward -> float32 (n,); "weighted_sum" is the sum that is trained on
+    scores: dict  # reward -> float32 (n,); "weighted_sum" is the sum of raw scores
     advantages: torch.Tensor = None  # float32 (n,)
 
     @property
@@ -139,8 +139,8 @@ def make_explorer(model, precision, skip=(), min_dim=0):
 
 @torch.no_grad()
 def sync(explorer, transformer, adapter):
-    """Give the explorer the weights of a policy: W + alpha / rank * B A, merged in float32, rounded
-    to BF16 and then quantized, once for each sync."""
+    """Give the explorer the weights of a policy: base and LoRA, merged in float32, rounded to BF16
+    and then quantized."""
     for name, layer in models.lora_layers(transformer):
         base = layer.get_base_layer().weight
         merged = (base.float() + layer.get_delta_weight(adapter).float()).to(base.dtype)

@@ -5,8 +5,8 @@ A rule is a function (rewards, k) -> k indices. To add one, write it and add it 
 
 The standard library has a module `select` too, which subprocess and asyncio import. Where it is not
 built into the interpreter (pyenv, python.org, conda), they get this file, because a script's folder
-comes first on the path. So this file imports nothing heavy, and its last lines hand on the names of
-the real module. train.py loads this file by its path, under the name `selection`.
+comes first on the path. This file therefore imports nothing heavy, and its last lines hand on the
+names of the real module. train.py loads this file by its path, under the name `selection`.
 """
 
 
@@ -39,7 +39,8 @@ def best_worst(rewards, k):
 
 
 def random_subset(rewards, k, seed=0):
-    """k at random: the control that shows what contrast buys at the same cost of training."""
+    """k at random, the baseline without contrast at the same cost of training. The seed is fixed:
+    the same places of every pool, whose candidates are random."""
     from random import Random
 
     return Random(seed).sample(range(len(_checked(rewards, k))), k)
@@ -60,8 +61,12 @@ def extremes_random(rewards, k, seed=0):
     return extremes + [rest[i] for i in random_subset(rest, k - len(extremes), seed)]
 
 
-_ALL = best_worst, random_subset, mean_deviation, extremes_random
-RULES = {rule.__name__: rule for rule in _ALL}  # the names that --select takes
+RULES = {  # the names that --select takes
+    "best_worst": best_worst,
+    "random_subset": random_subset,
+    "mean_deviation": mean_deviation,
+    "extremes_random": extremes_random,
+}
 
 
 def rank_fidelity(proxy, truth, k):

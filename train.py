@@ -7,7 +7,7 @@
 One iteration, for each of P prompts:
     1. Explore      the NVFP4 copy of the old policy draws N seeds in few steps; they are scored
     2. Select       the K / 2 best and the K / 2 worst seeds; the FP4 images are thrown away
-    3. Regenerate   the old policy itself, in BF16, draws these K seeds again from the same noise
+    3. Regenerate   the old policy itself, in BF16, draws K images from the noise of these seeds
                     in more steps; they are scored again
     4. Update       advantages from the BF16 rewards; the DiffusionNFT loss on these K images, in
                     BF16 with LoRA; one optimizer step for all prompts; then the old policy and
@@ -17,18 +17,21 @@ Symbols, the same in every file
     x_0, x_t, noise   a sample, (1 - t) x_0 + t noise, standard normal noise; (n, c, h, w)
     t                 time in [0, 1]; 1 is noise
     v, v_old, v_ref   velocity (noise - x_0) by the policy, the old policy, the base model
-    r, A              reward in [0, 1] as the loss uses it; advantage
-    N, K, P           pool (--pool), kept (--keep), prompts an iteration (--prompts_per_step)
-    beta, kl, eta     policy mix (--nft_beta), KL weight, share of itself that the old policy keeps
+    R, A, r           reward; advantage; A mapped to [0, 1], as the loss uses it
+    N, K, P           pool (96), kept (24), prompts per iteration (48)
+    beta, kl          policy mix (--nft_beta), weight of the KL term against the base model
+    eta               old <- eta * old + (1 - eta) * policy after each iteration
 
 Four policies share one network: the base model, and three LoRA adapters on it. The policy
 ("default") learns, the old policy ("old") draws, the EMA ("ema") is evaluated and saved.
 
 Departures from the paper
- 1. The old policy draws, as in DiffusionNFT and in the authors' code; the text says the policy.
+ 1. The old policy draws, as in DiffusionNFT and in the authors' code; the paper's text says that
+    the policy does.
  2. The quantized layers are chosen by the paper's rule in diffusers' layout, which keeps q, k and v
-    apart and writes SANA's feed-forward as 1x1 convolutions; these count as linear layers. The keys
-    and values of SANA's cross-attention, narrower apart than fused, then stay in BF16.
+    apart and writes SANA's feed-forward as 1x1 convolutions; these count as linear layers. The k
+    and v of SANA's cross-attention are smaller than one fused layer would be, too small for the
+    rule (--min_dim), and stay in BF16.
  3. The tiny models have settings of their own (TINY in support/options.py); the method is the same.
 """
 
@@ -49,7 +52,7 @@ import torch
 
 import quant
 import rollout
-from reward import build_reward
+from reward import build_reward, read_spec
 from support import checkpoint, distributed, models, world
 from support.clock import Clock
 from support.distributed import say
@@ -65,29 +68,31 @@ _spec.loader.exec_module(selection)
 
 
 class Stage(NamedTuple):
-    """A rollout of the old policy. The first stage draws the pool; a later one draws again the
-    seeds that the stage before it kept."""
+    """A rollout of the old policy: the first stage draws the pool; a later stage draws the seeds
+    that the stage before it kept."""
 
     name: str  # in the log
     precision: str  # of quant.PRECISIONS; "bf16" is the old policy itself, others an explorer
     steps: int  # of the sampler
-    num_candidates: int
-    num_kept: int = None  # as many are kept by the rule --select; None: all, in their order
+    num_kept: int = None  # how many --select keeps; None keeps all, in their order
 
 
-# The paper's four rollout families: functions of the options that return the stages. What the last
-# stage keeps is trained on.
+# The paper's four rollout families: functions of the options that return the size of the pool and
+# the stages. The K candidates (--keep) that the last stage leaves are trained on.
 ALGORITHMS = {
-    "sol_rl": lambda c: [
-        Stage("explore", c.precision, c.explore_steps, c.pool, c.keep),
-        Stage("regenerate", "bf16", c.rollout_steps, c.keep),
-    ],
-    "naive_scaling": lambda c: [Stage("explore", "bf16", c.rollout_steps, c.pool, c.keep)],
-    "naive_quant": lambda c: [Stage("explore", c.precision, c.rollout_steps, c.pool, c.keep)],
-    "diffusionnft": lambda c: [Stage("explore", "bf16", c.rollout_steps, c.keep, c.keep)],
+    "sol_rl": lambda c: (
+        c.pool,
+        [
+            Stage("explore", c.precision, c.explore_steps, c.keep),
+            Stage("regenerate", "bf16", c.rollout_steps),
+        ],
+    ),
+    "naive_scaling": lambda c: (c.pool, [Stage("explore", "bf16", c.rollout_steps, c.keep)]),
+    "naive_quant": lambda c: (c.pool, [Stage("explore", c.precision, c.rollout_steps, c.keep)]),
+    "diffusionnft": lambda c: (c.keep, [Stage("explore", "bf16", c.rollout_steps, c.keep)]),
 }
 
-# Random streams of their own, in the place of a prompt's index.
+# Numbers that candidate_seeds gets in the place of a step or a prompt, which are never this large.
 UPDATE, EVALUATION, ORDER = 2**32 - 1, 2**32 - 2, 2**32 - 3
 
 
@@ -96,11 +101,11 @@ UPDATE, EVALUATION, ORDER = 2**32 - 1, 2**32 - 2, 2**32 - 3
 
 
 def group_advantages(rewards, adv_clip=5.0, std_over="all"):
-    """A = (r - mean over the prompt's K) / (std + 1e-4), clipped; rewards (P, K) -> (P, K).
+    """A = (R - mean over the prompt's K) / (std + 1e-4), clipped; rewards (P, K) -> (P, K).
 
-    std_over: "all" is the paper's, one std over all P * K, so that a prompt whose candidates hardly
-    differ has small advantages; "prompt" is each prompt's own, as in GRPO. Where all candidates of
-    a prompt have the same reward their advantage is 0, however the mean is rounded."""
+    std_over: "all" is the paper's, the std of all P * K rewards about their common mean, so that a
+    prompt whose candidates hardly differ has small advantages; "prompt" is each prompt's own, as in
+    GRPO. If all rewards of a prompt are equal, rounding of the mean must not give it advantages."""
     differ = rewards.amax(dim=1, keepdim=True) > rewards.amin(dim=1, keepdim=True)
     centred = (rewards - rewards.mean(dim=1, keepdim=True)) * differ
     over = dict(dim=1, keepdim=True) if std_over == "prompt" else {}
@@ -111,8 +116,8 @@ def nft_loss(v, v_old, v_ref, x_t, x_0, t, advantages, beta=1.0, adv_clip=5.0, k
     """The DiffusionNFT loss (arXiv 2509.16117) with Sol-RL's self-normalized weights w. All tensors
     are (B, ...) but t and advantages, (B,). Returns (scalar loss, dict of detached scalar metrics).
 
-    Gradients flow through v alone. With beta = 1 and v = v_old the value does not depend on the
-    advantages; the gradient does, as 2 r - 1.
+    Gradients flow through v alone. At v = v_old the value does not depend on the advantages, but
+    the gradient does, as 2 r - 1.
     """
     v_old, v_ref = v_old.detach(), v_ref.detach()
     t = t.reshape(-1, *[1] * (x_0.dim() - 1))
@@ -144,22 +149,21 @@ def iteration(run, step):
     c, transformer = run.config, run.model.transformer
     select = selection.RULES[c.select]
 
-    # The explorer becomes the old policy: merged with its LoRA, then quantized.
+    # Sync: the explorer gets the weights of the old policy, merged with its LoRA and quantized.
     with run.clock("explore"):
         for explorer in run.explorers.values():
             rollout.sync(explorer, transformer, "old")
 
     drawn = []
     for prompt in distributed.mine(run.prompts_of(step)):
-        seeds = rollout.candidate_seeds(c.seed, step, prompt, run.stages[0].num_candidates)
+        seeds = rollout.candidate_seeds(c.seed, step, prompt, run.num_candidates)
         kept = []
         for stage in run.stages:
             # Explore or regenerate: the old policy draws these seeds, quantized or in BF16.
             with models.policy(transformer, "old"):
-                network = run.explorers.get(stage.precision, run.bf16_network)
-                candidates = run.rollout(stage, network, prompt, seeds)
+                candidates = run.rollout(stage, run.networks[stage.precision], prompt, seeds)
 
-            # Select: only the seeds of what is kept go on to the next stage.
+            # Select: the next stage gets only the seeds of the kept candidates.
             if stage.num_kept:
                 rewards = run.combined_reward(candidates.scores)
                 candidates = candidates.take(select(rewards, stage.num_kept))
@@ -167,7 +171,7 @@ def iteration(run, step):
             kept.append(candidates)
         drawn.append(kept)
 
-    # Advantages: from the rewards of what is trained on, never from the explorer's.
+    # Advantages: from the rewards of the last stage, whose candidates are trained on.
     samples = [kept[-1] for kept in drawn]
     scores = distributed.gather([candidates.scores for candidates in samples])
     rewards = {name: torch.stack([part[name] for part in scores]) for name in scores[0]}  # (P, K)
@@ -196,7 +200,7 @@ def update(run, samples, step):
     gradient = torch.zeros(sum(sizes), dtype=torch.float64, device=c.device)
     metrics = []
     for candidates, pairs in zip(samples, training_pairs(c, model, step)):
-        prompt, sums = run.train.prompts[candidates.prompt], Counter()
+        text_prompt, sums = run.train.prompts[candidates.prompt], Counter()
         for rows, t, seeds in pairs:  # a micro-batch of (sample, time) pairs, each with fresh noise
             x_0, advantages = candidates.latents[rows].to(c.device), candidates.advantages[rows]
             noise, t = rollout.initial_noise(seeds, model.latent_shape).to(c.device), t.to(c.device)
@@ -213,25 +217,26 @@ def update(run, samples, step):
             share = len(rows) / (num_samples * num_timesteps(c))
             (loss * share).backward()
             norm = torch.nn.utils.get_total_norm([p.grad for p in policy])
-            run.guard("update", [prompt], seeds, loss=loss[None], gradient=norm[None])
+            run.guard("update", [text_prompt], seeds, loss=loss[None], gradient=norm[None])
             for name, value in values.items():
                 sums[name] += float(value) * share
         metrics.append(sums)
+        # In float64, so that the sum is the same however prompts are shared out over processes.
         gradient += torch.cat([p.grad.flatten() for p in policy])
         run.optimizer.zero_grad()
     distributed.total(gradient)
     for p, summed in zip(policy, gradient.split(sizes)):
         p.grad = summed.reshape(p.shape).to(p.dtype)
-    norm = torch.nn.utils.clip_grad_norm_(policy, c.max_grad_norm)
+    norm = torch.nn.utils.clip_grad_norm_(policy, c.max_grad_norm, error_if_nonfinite=True)
     run.optimizer.step()
     run.optimizer.zero_grad()
     metrics = distributed.gather(metrics)
-    sums = {name: sum(prompt[name] for prompt in metrics) for name in metrics[0]}
-    return sums | {"grad_norm": float(norm)}
+    totals = {name: sum(sums[name] for sums in metrics) for name in metrics[0]}
+    return totals | {"grad_norm": float(norm)}
 
 
 def num_timesteps(config):
-    """At how many of the sampling times each sample is trained."""
+    """The number of sampling times at which each sample is trained."""
     return max(1, round(config.timestep_fraction * config.rollout_steps))
 
 
@@ -283,15 +288,20 @@ class Run:
     def __init__(self, config):
         c = self.config = config
         self.clock, self.stop_flag = Clock(c.device), checkpoint.StopFlag()
-        self.stages, n = ALGORITHMS[c.algorithm](c), c.prompts_per_step
-        pool = self.stages[0].num_candidates
-        require(c.keep <= pool, f"--keep {c.keep}: must be at most --pool {pool}")
+        self.num_candidates, self.stages = ALGORITHMS[c.algorithm](c)
+        self.reward_names = [name for name, *_ in read_spec(c.reward)]
+        eval_parts = read_spec(c.eval_rewards, "--eval_rewards") if c.eval_rewards else []
+        self.eval_reward_names = [name for name, *_ in eval_parts]
+        for name in set(self.reward_names) & set(self.eval_reward_names):
+            raise InputError(f"--eval_rewards {name}: is trained on, so it is measured anyway")
+        N, P = self.num_candidates, c.prompts_per_step
+        require(c.keep <= N, f"--keep {c.keep}: must be at most --pool {N}")
         self.train, self.held_out, self.notes = split_prompts(
             c.prompts, c.eval_prompts, world.TRAIN_PROMPTS, world.HELD_OUT_PROMPTS
         )
         self.notes += c.checkpoint.notes if c.checkpoint else []
-        few = f"there are {len(self.train.prompts)} training prompts; give at most that"
-        require(n <= len(self.train.prompts), f"--prompts_per_step {n}: {few}")
+        n = len(self.train.prompts)
+        require(P <= n, f"--prompts_per_step {P}: there are {n} training prompts; give at most {n}")
         folder = models.MODELS[c.model].published if c.pretrained == "published" else c.pretrained
         if folder:
             models.check_pretrained(c.model, folder)
@@ -302,7 +312,7 @@ class Run:
                 self.eval_reward = build_reward(c.eval_rewards, c.device, clip, "--eval_rewards")
             self.model = models.load(c.model, folder or None, c.resolution, device=c.device)
         transformer = self.model.transformer
-        for stage, prompts in (("train", self.train), ("evaluate", self.held_out)):
+        for stage, prompts in (("first trial", self.train), ("evaluate", self.held_out)):
             prompts.text = self.model.encode(prompts.prompts)
             self.notes += self.model.cut_off(prompts.prompts)
             # Two images: a model or a reward that fails should fail before anything is written.
@@ -317,27 +327,27 @@ class Run:
         if c.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
         self.explorers, self.layers, self.backend = {}, [], "explored in BF16"
-        for precision in {stage.precision for stage in self.stages} - {"bf16"}:
-            self.explorers[precision], self.layers = rollout.make_explorer(
+        for precision in sorted({stage.precision for stage in self.stages} - {"bf16"}):
+            self.explorers[precision], layers = rollout.make_explorer(
                 self.model, precision, self.model.keep_bf16, c.min_dim
             )
-            quantized = sum(outcome == precision for *_, outcome in self.layers)
+            self.layers += layers
+            quantized = sum(outcome == precision for *_, outcome in layers)
             _, line = quant.backend(precision, c.device)
-            self.backend = f"explored in {line}: {quantized} of {len(self.layers)} layers"
+            self.backend = f"explored in {line}: {quantized} of {len(layers)} layers"
         torch.manual_seed(c.seed)
         models.add_lora(self.model, c.lora_rank, alpha=2 * c.lora_rank)
-        self.bf16_network = transformer
+        self.networks = {"bf16": transformer} | self.explorers
         if c.compile:
-            self.bf16_network = torch.compile(transformer)
-            self.explorers = {p: torch.compile(e) for p, e in self.explorers.items()}
+            self.networks = {p: torch.compile(n) for p, n in self.networks.items()}
         self.policies = {a: models.lora_parameters(transformer, a) for a in models.ADAPTERS}
         self.optimizer = torch.optim.AdamW(
             self.policies["default"], lr=c.learning_rate, weight_decay=1e-4
         )
 
     def prompts_of(self, step):
-        """Indices of the P training prompts of a step. One pass over all prompts follows another,
-        each in an order of its own; the rest of a pass that does not fill a step is left out."""
+        """Indices of the P training prompts of a step. The prompts are shuffled for each epoch; the
+        rest of an epoch that does not fill a step is dropped."""
         P, n = self.config.prompts_per_step, len(self.train.prompts)
         (seed,) = rollout.candidate_seeds(self.config.seed, step // (n // P), ORDER, 1)
         order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
@@ -358,7 +368,7 @@ class Run:
         return rollout.Candidates(prompt, seeds, latents, scores)
 
     def combined_reward(self, scores):
-        """What selection and advantages use of {reward: values}."""
+        """The one reward per image, of {reward: values}, that selection and advantages use."""
         return self.reward.z_scored_sum(scores) if self.config.z_score else scores["weighted_sum"]
 
     def score(self, stage, rows, seeds, latents, images):
@@ -396,21 +406,18 @@ def train(config):
     c = config
     c.output_dir = distributed.gather([c.output_dir])[0]  # its default holds the time
     run, done, options = Run(c), 0, dataclasses.asdict(c)
-    names = [[part[0] for part in r.parts] if r else [] for r in (run.reward, run.eval_reward)]
-    for name in set(names[0]) & set(names[1]):
-        raise InputError(f"--eval_rewards {name}: is trained on, so it is measured anyway")
-    with run.stop_flag, Report(options, *names) as report:
+    with run.stop_flag, Report(options, run.reward_names, run.eval_reward_names) as report:
         work = (
-            f"an iteration: {c.prompts_per_step} prompts x {run.stages[0].num_candidates} "
+            f"an iteration: {c.prompts_per_step} prompts x {run.num_candidates} "
             f"candidates, {c.keep} of each prompt trained on at {num_timesteps(c)} times, one "
             f"optimizer step; {len(run.train.prompts)} training and {len(run.held_out.prompts)} "
             f"held-out prompts; guidance is off"
         )
-        report.begin(run.backend, run.layers, [work, *run.notes])
         if c.checkpoint:
             checkpoint.restore(c.checkpoint, run.policies, run.optimizer)
             done = c.checkpoint.step
             report.resume(done)
+        report.begin(run.backend, run.layers, [work, *run.notes])
         try:
             while True:
                 last = done == c.steps

@@ -2,8 +2,13 @@
 
 import contextlib
 import os
+import re
 import sys
 from pathlib import Path
+
+from support import distributed
+
+OUT_OF_MEMORY = "out of memory|can't allocate memory"  # what torch says, on a GPU and on a CPU
 
 
 class InputError(ValueError):
@@ -50,29 +55,30 @@ def check_finite(stage, prompts, seeds, **tensors):
             raise NonFinite(what, prompts[bad.index(True)], stage, seeds[bad.index(True)])
 
 
-def exit_code(program, function, *arguments):
+def exit_code(program, function):
     """Call the function; returns 0, or the exit code of what ended it, after one line on stderr:
     2 for bad input, 1 for NaN, a full disk or too little memory, 130 for Ctrl-C, 143 for SIGTERM.
     An error of the program itself keeps its traceback."""
     try:
-        function(*arguments)
+        function()
         return 0
     except SystemExit as request:  # --help
         return request.code or 0
     except Stopped as stopped:
         return 128 + stopped.signal
     except InputError as error:
-        code, line = 2, f"error: {one_line(error)}"
+        code, line = 2, f"error: {one_line(error)}" if distributed.RANK == 0 else ""
     except (NonFinite, OSError) as error:
         code, line = 1, one_line(error)
     except KeyboardInterrupt:
         code, line = 130, "stopped at once; the checkpoints are complete"
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
-            raise
         reason = one_line(error).split(". ")[0]
+        if not isinstance(error, MemoryError) and not re.search(OUT_OF_MEMORY, reason):
+            raise
         code, line = 1, f"{reason}; lower --micro_batch or --resolution"
-    print(f"{program}: {line}", file=sys.stderr)
+    if line:
+        print(f"{program}: {line}", file=sys.stderr)
     return code
 
 

@@ -31,7 +31,7 @@ def read_prompts(path, option="--prompts"):
         try:
             metadata = json.loads(line) if str(path).endswith(".jsonl") else {"prompt": line}
             prompt = metadata.pop("prompt").strip()
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             form = "must be a JSON object whose 'prompt' is a text"
             raise InputError(f"{prefix}, line {number}: {form}") from error
         key = prompt, json.dumps(metadata, sort_keys=True)

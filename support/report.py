@@ -280,7 +280,7 @@ import torch
 from diffusers import {pipeline}, {solver}
 
 base = {(base or "path/to/the/tiny/model")!r}
-pipe = {pipeline}.from_pretrained(base, torch_dtype=torch.bfloat16{variant})
+pipe = {pipeline}.from_pretrained(base, dtype=torch.bfloat16{variant})
 pipe.scheduler = {solver}.from_pretrained("path/to/this/folder")
 pipe.load_lora_weights("path/to/this/folder")
 image = pipe("a prompt", {arguments}).images[0]

@@ -31,7 +31,7 @@ class Mistake(NamedTuple):
 
 
 POOL = """            with models.policy(transformer, "old"):
-                network ="""
+                candidates ="""
 V_OLD = """            with torch.no_grad(), models.policy(transformer, "old"):
                 v_old"""
 V_REF = """            with torch.no_grad(), models.policy(transformer, "base"):
@@ -42,7 +42,9 @@ STEP_AND_FOLLOW = """        metrics = update(run, samples, step)
 FOLLOW_FIRST = "\n".join(reversed(STEP_AND_FOLLOW.rstrip("\n").split("\n"))) + "\n"
 SCORES = "scores = distributed.gather([candidates.scores for candidates in samples])"
 TIMES = "torch.rand(num_samples, len(times), generator=generator).argsort(dim=1)"
-CLIP = "    norm = torch.nn.utils.clip_grad_norm_(policy, c.max_grad_norm)\n"
+CLIP = (
+    "    norm = torch.nn.utils.clip_grad_norm_(policy, c.max_grad_norm, error_if_nonfinite=True)\n"
+)
 SUM = "    distributed.total(gradient)\n"
 CLIP_FIRST = "    gradient *= min(1.0, c.max_grad_norm / float(gradient.norm()))\n" + SUM
 LAST_ZERO = "        run.optimizer.zero_grad()\n" + SUM
@@ -80,14 +82,14 @@ MISTAKES = [
     Mistake(
         "regenerating with the explorer",
         "train.py",
-        "run.explorers.get(stage.precision, run.bf16_network)",
-        "next(iter(run.explorers.values()), run.bf16_network)",
+        "run.networks[stage.precision]",
+        "next(iter(run.explorers.values()), transformer)",
     ),
     Mistake(
         "regenerating with explore_steps",
         "train.py",
-        'Stage("regenerate", "bf16", c.rollout_steps,',
-        'Stage("regenerate", "bf16", c.explore_steps,',
+        'Stage("regenerate", "bf16", c.rollout_steps)',
+        'Stage("regenerate", "bf16", c.explore_steps)',
     ),
     Mistake(
         "exploring with rollout_steps",

@@ -147,8 +147,8 @@ def test_no_more_can_be_kept_than_the_pool_has(algorithm, folder):
 def test_a_baseline_without_a_pool_may_keep_more_than_the_pools_default(folder):
     options = "--algorithm diffusionnft --keep 128 --prompts FILE --prompts_per_step 1"
     config = parse(*options.split(), "--pretrained", "nowhere")
-    (stage,) = train.ALGORITHMS["diffusionnft"](config)
-    assert (config.pool, config.keep, stage.num_candidates, stage.num_kept) == (96, 128, 128, 128)
+    num_candidates, (stage,) = train.ALGORITHMS["diffusionnft"](config)
+    assert (config.pool, config.keep, num_candidates, stage.num_kept) == (96, 128, 128, 128)
     with pytest.raises(InputError, match="nowhere"):  # the first mistake of this run
         train.Run(config)
 

@@ -50,7 +50,7 @@ class Line:
         return (x_t - self.target) / t.float()[:, None, None, None]
 
     solver = "euler"
-    scheduler, set_timesteps = models.Model.scheduler, models.Model.set_timesteps
+    scheduler = models.Model.scheduler
     pipe = types.SimpleNamespace(scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
 
 

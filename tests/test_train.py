@@ -225,7 +225,7 @@ def test_a_saved_lora_gives_the_ema_policys_images_in_a_stock_pipeline(name, tmp
     # The model card's few lines draw as training did: its solver, and noise for noise. Here they
     # do so in float32, whose rounding is far below the difference between two solvers.
     card = (tmp_path / "run" / "lora" / "README.md").read_text()
-    assert "torch_dtype=torch.bfloat16" in card
+    assert " dtype=torch.bfloat16" in card
     card = card.replace("torch.bfloat16", "torch.float32")
     card = card.replace("path/to/the/tiny/model", str(world / name))
     code = card.replace("path/to/this/folder", str(tmp_path / "run" / "lora"))
@@ -467,3 +467,33 @@ def test_a_prompts_file_of_ones_own_trains_and_long_prompts_are_cut_off_and_said
     said = capsys.readouterr().out
     for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
         assert f"1 prompts lose what comes after 16 tokens ({name})" in said
+
+
+def test_another_algorithm_is_another_list_of_stages(tmp_path, world, monkeypatch):
+    """Two explorations, the second in FP8, before the kept seeds are drawn in BF16: the log and the
+    picture have the stages by their names, and prompts without advantages may be left out."""
+    stages = [
+        train.Stage("explore", "nvfp4", 1, 5),
+        train.Stage("refine", "fp8", 1, 4),
+        train.Stage("regenerate", "bf16", 2),
+    ]
+    monkeypatch.setitem(train.ALGORITHMS, "three_stages", lambda c: (c.pool, stages))
+    real, trained_on = train.update, []
+
+    def update(run, samples, step):
+        samples = [candidates for candidates in samples if candidates.prompt != skipped[step]]
+        trained_on.append([(candidates.prompt, len(candidates.seeds)) for candidates in samples])
+        return real(run, samples, step)
+
+    def prompts_of(run, step):
+        skipped.append(prompts(run, step)[0])
+        return prompts(run, step)
+
+    skipped, prompts = [], train.Run.prompts_of
+    monkeypatch.setattr(train.Run, "prompts_of", prompts_of)
+    monkeypatch.setattr(train, "update", update)
+    options = [*MINIATURE, "--algorithm", "three_stages", "--prompts_per_step", "2"]
+    assert train.main([*options, "--output_dir", str(tmp_path / "run")]) == 0
+    assert [len(part) for part in trained_on] == [1, 1] and trained_on[0][0][1] == 4
+    assert {"time/explore", "time/refine", "time/regenerate"} <= lines(tmp_path / "run")[1].keys()
+    assert (tmp_path / "run" / "images" / "step_0002.png").stat().st_size > 0
