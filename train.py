@@ -200,7 +200,7 @@ def update(run, samples, step):
     gradient = torch.zeros(sum(sizes), dtype=torch.float64, device=c.device)
     metrics = []
     for candidates, pairs in zip(samples, training_pairs(c, model, step)):
-        text_prompt, sums = run.train.prompts[candidates.prompt], Counter()
+        prompt_text, sums = run.train.prompts[candidates.prompt], Counter()
         for rows, t, seeds in pairs:  # a micro-batch of (sample, time) pairs, each with fresh noise
             x_0, advantages = candidates.latents[rows].to(c.device), candidates.advantages[rows]
             noise, t = rollout.initial_noise(seeds, model.latent_shape).to(c.device), t.to(c.device)
@@ -217,7 +217,7 @@ def update(run, samples, step):
             share = len(rows) / (num_samples * num_timesteps(c))
             (loss * share).backward()
             norm = torch.nn.utils.get_total_norm([p.grad for p in policy])
-            run.guard("update", [text_prompt], seeds, loss=loss[None], gradient=norm[None])
+            run.guard("update", [prompt_text], seeds, loss=loss[None], gradient=norm[None])
             for name, value in values.items():
                 sums[name] += float(value) * share
         metrics.append(sums)
@@ -415,7 +415,7 @@ def train(config):
         )
         if c.checkpoint:
             checkpoint.restore(c.checkpoint, run.policies, run.optimizer)
-            done = c.checkpoint.step
+            done, c.checkpoint = c.checkpoint.step, None  # its tensors are in place
             report.resume(done)
         report.begin(run.backend, run.layers, [work, *run.notes])
         try:

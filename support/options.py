@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+from support import distributed
 from support.errors import InputError, require
 
 
@@ -115,11 +116,13 @@ def read_command_line(argv, description=None):
 
 
 def answer_at_once(argv, description):
-    """End the program here after --help (exit code 0) or a wrong option (one line, exit code 2)."""
+    """End the program here after --help (exit code 0) or a wrong option (one line, by the first
+    process; exit code 2)."""
     try:
         read_command_line(argv, description)
     except InputError as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
+        if distributed.RANK == 0:
+            print(f"train.py: error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -203,7 +206,7 @@ def check_machine(c):
     """Check the values against this machine: processes, device, packages, folder."""
     import torch
 
-    from support import checkpoint, distributed
+    from support import checkpoint
 
     world = distributed.WORLD
     few = f"--prompts_per_step {c.prompts_per_step}: must be at least the {world} processes"
