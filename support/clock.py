@@ -8,8 +8,8 @@ import torch
 
 
 class Clock:
-    """`with clock("explore"): ...` adds the time inside to the seconds of "explore". A stage inside
-    another one interrupts that one's time. On a GPU each switch waits for what was started."""
+    """`with clock("explore"): ...` adds the time inside to the seconds of "explore". Time in an
+    inner stage is not counted for the outer one. On a GPU each switch waits for what was started."""
 
     def __init__(self, device):
         self.device, self.seconds, self.stages = torch.device(device), Counter(), []

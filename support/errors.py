@@ -6,6 +6,8 @@ import re
 import sys
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from support import distributed
 
 OUT_OF_MEMORY = "out of memory|can't allocate memory"  # what torch says, on a GPU and on a CPU
@@ -67,18 +69,18 @@ def exit_code(program, function):
     except Stopped as stopped:
         return 128 + stopped.signal
     except InputError as error:
-        code, line = 2, f"error: {one_line(error)}" if distributed.RANK == 0 else ""
-    except (NonFinite, OSError) as error:
+        code, line = 2, f"error: {one_line(error)}"
+    except (NonFinite, OSError, SafetensorError) as error:  # the last one is also of a full disk
         code, line = 1, one_line(error)
     except KeyboardInterrupt:
-        code, line = 130, "stopped at once; the checkpoints are complete"
+        code, line = 130, "stopped at once; checkpoints written before can be used"
     except (MemoryError, RuntimeError) as error:
         reason = one_line(error).split(". ")[0]
         if not isinstance(error, MemoryError) and not re.search(OUT_OF_MEMORY, reason):
             raise
         code, line = 1, f"{reason}; lower --micro_batch or --resolution"
-    if line:
-        print(f"{program}: {line}", file=sys.stderr)
+    rank = f"rank {distributed.RANK}: " if distributed.RANK else ""
+    print(f"{program}: {rank}{line}", file=sys.stderr)
     return code
 
 

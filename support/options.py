@@ -31,7 +31,7 @@ class Config:
 
     model: str = option("sana", "sana, flux or sd3: SANA, FLUX.1 or Stable Diffusion 3.5")
     algorithm: str = option("sol_rl", "sol_rl, naive_scaling, naive_quant or diffusionnft")
-    pretrained: str = option("", "a diffusers folder or hub id; alone: the published model")
+    pretrained: str = option("", "a diffusers folder or hub id; without a value: the published one")
     reward: str = option("clipscore", "NAME, NAME:WEIGHT,NAME:WEIGHT or path/to/file.py:function")
     eval_rewards: str = option("", "rewards that are only measured, on the held-out prompts")
     z_score: bool = option(False, "z-score each part of a sum of rewards before summing")
@@ -68,7 +68,7 @@ class Config:
     seed: int = option(0, "every random number of the run follows from it")
     output_dir: str = option("", "the run's folder; default: runs/MODEL_ALGORITHM_TIME")
     checkpoint_every: int = option(10, "iterations between checkpoints", tiny=5)
-    resume: str = option("", "a run's folder, continued from its newest checkpoint; or latest")
+    resume: str = option("", "a run's folder to continue, or latest: the newest run in runs/")
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     report_to: str = option("none", "where metrics also go", ("none", "tensorboard", "wandb"))
 

@@ -143,6 +143,8 @@ class Report:
         text = f"step {step:4d}  held-out reward {mean:.4f} +- {error:.4f}"
         if self.evaluations:
             before = self.evaluations[0]["eval/rewards"]
+            if len(before) != len(rewards):
+                raise InputError("--resume: the held-out prompts are not those the run began with")
             gain, error = mean_and_error([new - old for old, new in zip(before, rewards)])
             entries |= {"eval/gain": gain, "eval/gain_standard_error": error}
             text += f"  gain {gain:+.4f} +- {error:.4f}"

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import MINIATURE, error_line, lines, outcome
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import train
-from support import checkpoint, distributed
+from support import checkpoint, distributed, errors
 from support.errors import InputError, Stopped
 from support.report import reward_metrics
 
@@ -480,3 +481,13 @@ def test_equal_rewards_have_no_advantage_and_are_counted():
     rank_fidelity = train.selection.rank_fidelity
     metrics = reward_metrics(rewards, {"weighted_sum": rewards}, rank_fidelity)
     assert metrics["reward/zero_spread"] == 1
+
+
+def test_what_safetensors_says_of_a_full_disk_is_a_line_too(capsys):
+    """A real full disk makes it raise its own error, which is no OSError."""
+
+    def fails():
+        raise SafetensorError("Error while serializing: I/O error: No space left on device")
+
+    assert errors.exit_code("train.py", fails) == 1
+    assert capsys.readouterr().err.startswith("train.py: Error while serializing: I/O error")
