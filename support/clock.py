@@ -9,7 +9,7 @@ import torch
 
 class Clock:
     """`with clock("explore"): ...` adds the time inside to the seconds of "explore". Time in an
-    inner stage is not counted for the outer one. On a GPU each switch waits for what was started."""
+    inner stage is not counted for the outer one. On a GPU each switch waits for work under way."""
 
     def __init__(self, device):
         self.device, self.seconds, self.stages = torch.device(device), Counter(), []
