@@ -89,14 +89,6 @@ class Reward:
                 raise NonFinite(f"reward {name}", prompts[i], index=i)
         return scores
 
-    def z_scored_sum(self, scores):
-        """The weighted sum of raw scores {name: (...)} after each part is brought to mean 0 and
-        standard deviation 1 over all its scores; float32 (...)."""
-        return sum(
-            weight * (scores[name] - scores[name].mean()) / (scores[name].std(correction=0) + 1e-4)
-            for name, weight, _ in self.parts
-        )
-
 
 def raw_scores(name, function, images, prompts, metadata):
     """One reward's scores, float32 (n,) on the CPU. Raises InputError."""

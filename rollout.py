@@ -1,5 +1,5 @@
-"""Rollout: noise from seeds, the ODE sampler, a pool of candidates, and the explorer that draws it
-in FP4 (paper, steps 1 and 3).
+"""Rollout: noise from seeds, the ODE sampler, a pool of candidates, and the copies of the old policy
+that draw them, in FP4 and in BF16 (paper, steps 1 and 3).
 
 Sampling is a deterministic ODE without guidance, so a seed determines an image: the NVFP4 explorer
 and the BF16 policy start from the same noise and end close to each other.
@@ -78,8 +78,9 @@ class Candidates:
     """What was drawn for one prompt."""
 
     prompt: int  # index of the training prompt
+    text: models.Text  # the encoded prompt, one row
     seeds: list  # n seeds; candidate i was drawn from initial_noise of seeds[i]
-    latents: torch.Tensor  # x_0, float32 (n, c, h, w) on the CPU
+    latents: torch.Tensor  # x_0, float32 (n, c, h, w)
     scores: dict  # reward -> float32 (n,); "weighted_sum" is the sum of raw scores
     advantages: torch.Tensor = None  # float32 (n,)
 
@@ -93,8 +94,9 @@ class Candidates:
 
     def take(self, kept):
         """The candidates with these indices, in this order."""
+        seeds, latents = [self.seeds[i] for i in kept], self.latents[kept]
         scores = {name: values[kept] for name, values in self.scores.items()}
-        return Candidates(self.prompt, [self.seeds[i] for i in kept], self.latents[kept], scores)
+        return Candidates(self.prompt, self.text, seeds, latents, scores)
 
 
 def draw(model, transformer, text, seeds, steps):
@@ -106,9 +108,9 @@ def draw(model, transformer, text, seeds, steps):
 
 
 def draw_and_score(model, transformer, text, seeds, steps, micro_batch, score):
-    """Draw one prompt's candidates and score them: (latents on the CPU, {reward: (n,)}).
+    """Draw one prompt's candidates and score them: (latents, {reward: (n,)}).
 
-    A pool needs the memory of one micro-batch only. score: a function (seeds, latents, images) of
+    Images are not kept, so a pool needs the memory of one micro-batch of them. score: a function (seeds, latents, images) of
     a micro-batch that returns {reward: float32 (n,)}.
     """
     latents, scores = [], []
@@ -116,7 +118,7 @@ def draw_and_score(model, transformer, text, seeds, steps, micro_batch, score):
         batch_seeds = seeds[start : start + micro_batch]
         batch_latents, images = draw(model, transformer, text, batch_seeds, steps)
         scores.append(score(batch_seeds, batch_latents, images))
-        latents.append(batch_latents.cpu())
+        latents.append(batch_latents)
     return torch.cat(latents), join_scores(scores)
 
 
@@ -126,26 +128,32 @@ def join_scores(scores):
 
 
 # ---------------------------------------------------------------------------------------------
-# The explorer: a quantized copy of the transformer
+# Merged copies of the transformer: the explorer, which is quantized, and the BF16 one
 
 
-def make_explorer(model, precision, skip=(), min_dim=0):
+def make_copy(model, precision, skip=(), min_dim=0):
     """(A copy of the base transformer with quantized linear layers, the rows that describe them).
-    Arguments and rows are those of quant.quantize_linears. Make the explorer before LoRA is added,
-    and `sync` it before it draws."""
-    explorer = copy.deepcopy(model.transformer)
-    return explorer, quant.quantize_linears(explorer, precision, skip, min_dim)
+    Arguments and rows are those of quant.quantize_linears; in "bf16" no layer is quantized.
+
+    Weights that are not quantized are shared with the transformer, except that `sync` gives the
+    layers that LoRA adapts weights of their own. So a BF16 copy needs memory for those alone. Make
+    copies before LoRA is added, and `sync` a copy before it draws."""
+    tensors = (*model.transformer.parameters(), *model.transformer.buffers())
+    merged = copy.deepcopy(model.transformer, {id(tensor): tensor for tensor in tensors})
+    return merged, quant.quantize_linears(merged, precision, skip, min_dim)
 
 
 @torch.no_grad()
-def sync(explorer, transformer, adapter):
-    """Give the explorer the weights of a policy: base and LoRA, merged in float32, rounded to BF16
-    and then quantized."""
+def sync(merged, transformer, adapter):
+    """Give a copy the weights of a policy: base and LoRA, merged in float32, rounded to BF16 and
+    then, where the copy's layer is quantized, quantized."""
     for name, layer in models.lora_layers(transformer):
         base = layer.get_base_layer().weight
-        merged = (base.float() + layer.get_delta_weight(adapter).float()).to(base.dtype)
-        explorer_layer = explorer.get_submodule(name)
-        if isinstance(explorer_layer, quant.QuantizedLinear):
-            explorer_layer.set_weight(merged)
+        weight = (base.float() + layer.get_delta_weight(adapter).float()).to(base.dtype)
+        copied_layer = merged.get_submodule(name)
+        if isinstance(copied_layer, quant.QuantizedLinear):
+            copied_layer.set_weight(weight)
+        elif copied_layer.weight is base:
+            copied_layer.weight = torch.nn.Parameter(weight, requires_grad=False)
         else:
-            explorer_layer.weight.copy_(merged)
+            copied_layer.weight.copy_(weight)

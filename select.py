@@ -54,9 +54,9 @@ def mean_deviation(rewards, k):
 
 
 def extremes_random(rewards, k, seed=0):
-    """best_worst for k // 2 of the k; the others are random ones of the remaining candidates."""
+    """The highest, the lowest and k - 2 random ones of the others, as in the authors' code."""
     values = _checked(rewards, k)
-    extremes = best_worst(values, k // 2) if k > 1 else []
+    extremes = best_worst(values, 2) if k > 1 else []
     rest = [i for i in range(len(values)) if i not in set(extremes)]
     return extremes + [rest[i] for i in random_subset(rest, k - len(extremes), seed)]
 

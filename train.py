@@ -7,8 +7,8 @@
 One iteration, for each of P prompts:
     1. Explore      the NVFP4 copy of the old policy draws N seeds in few steps; they are scored
     2. Select       the K / 2 best and the K / 2 worst seeds; the FP4 images are thrown away
-    3. Regenerate   the old policy itself, in BF16, draws K images from the noise of these seeds
-                    in more steps; they are scored again
+    3. Regenerate   the BF16 copy of the old policy draws K images from the noise of these seeds in
+                    more steps; they are scored again
     4. Update       advantages from the BF16 rewards; the DiffusionNFT loss on these K images, in
                     BF16 with LoRA; one optimizer step for all prompts; then the old policy and
                     the EMA follow the policy
@@ -19,20 +19,32 @@ Symbols, the same in every file
     v, v_old, v_ref   velocity (noise - x_0) by the policy, the old policy, the base model
     R, A, r           reward; advantage; A mapped to [0, 1], as the loss uses it
     N, K, P           pool (96), kept (24), prompts per iteration (48)
-    beta, kl          policy mix (--nft_beta), weight of the KL term against the base model
+    beta, kl          policy mix (nft_beta), weight of the KL term against the base model
     eta               old <- eta * old + (1 - eta) * policy after each iteration
 
 Four policies share one network: the base model, and three LoRA adapters on it. The policy
-("default") learns, the old policy ("old") draws, the EMA ("ema") is evaluated and saved.
+("default") learns, the old policy ("old") draws, the EMA ("ema") is evaluated and saved. What draws
+images is a copy of the network with the old policy's (or the EMA's) LoRA merged into its weights.
 
-Departures from the paper
- 1. The old policy draws, as in DiffusionNFT and in the authors' code; the paper's text says that
-    the policy does.
- 2. The quantized layers are chosen by the paper's rule in diffusers' layout, which keeps q, k and v
-    apart and writes SANA's feed-forward as 1x1 convolutions; these count as linear layers. The k
-    and v of SANA's cross-attention are smaller than one fused layer would be, too small for the
-    rule (--min_dim), and stay in BF16.
- 3. The tiny models have settings of their own (TINY in support/options.py); the method is the same.
+Departures. The authors' code is the authority where it differs from the paper's text; there, too,
+the old policy draws.
+ 1. Quantized layers. Authors: q, k and v are one layer, SANA's feed-forward is linear layers. Here:
+    diffusers' layout, where q, k and v are apart and that feed-forward is 1x1 convolutions, which
+    count as linear layers. The k and v of SANA's cross-attention are then too small for the paper's
+    rule (min_dim) and stay in BF16.
+ 2. FP4. Authors: Transformer Engine's DelayedScaling with E2M1, which runs FP8. Here:
+    NVFP4BlockScaling.
+ 3. SD3.5's times. Authors: the last of 10 is .009, because a shift is applied twice. Here: .25.
+ 4. The update's LoRA in FLUX.1 and SD3.5. Authors: under BF16 autocast. Here: float32 (TF32 on a
+    GPU, as all float32 matmuls) between BF16 layers.
+ 5. The autoencoders of FLUX.1 and SD3.5. Authors: float32 under autocast. Here: BF16.
+ 6. CLIPScore's picture. Authors: resized in floating point, bilinear. Here: to 8 bits, bicubic, as
+    CLIP was trained.
+ 7. SANA's text. Authors: padded to 300 tokens. Here: to the longest prompt of the step; padding is
+    masked in both.
+ 8. Evaluation. Authors: one image a prompt, the first GPU's share of the prompts, for SANA by a
+    stochastic solver. Here: two images, all held-out prompts, the solver of the rollout.
+ 9. The tiny models have settings of their own (TINY in support/options.py); the method is the same.
 """
 
 import sys
@@ -72,7 +84,7 @@ class Stage(NamedTuple):
     that the stage before it kept."""
 
     name: str  # in the log
-    precision: str  # of quant.PRECISIONS; "bf16" is the old policy itself, others an explorer
+    precision: str  # of quant.PRECISIONS, in which the old policy draws
     steps: int  # of the sampler
     num_kept: int = None  # how many --select keeps; None keeps all, in their order
 
@@ -149,24 +161,28 @@ def iteration(run, step):
     c, transformer = run.config, run.model.transformer
     select = selection.RULES[c.select]
 
-    # Sync: the explorer gets the weights of the old policy, merged with its LoRA and quantized.
-    with run.clock("explore"):
-        for explorer in run.explorers.values():
-            rollout.sync(explorer, transformer, "old")
+    # Sync: the copies that draw get the weights of the old policy, merged with its LoRA; the
+    # explorer's are quantized.
+    with run.clock("sync"):
+        for merged in run.copies.values():
+            rollout.sync(merged, transformer, "old")
+    prompts = run.prompts_of(step)
+    with run.clock("encode"):
+        texts = run.model.encode([run.train.prompts[prompt] for prompt in prompts])
 
     drawn = []
-    for prompt in distributed.mine(run.prompts_of(step)):
+    for i, prompt in distributed.mine(list(enumerate(prompts))):
+        text = texts.take(i).to(c.device)
         seeds = rollout.candidate_seeds(c.seed, step, prompt, run.num_candidates)
         kept = []
         for stage in run.stages:
             # Explore or regenerate: the old policy draws these seeds, quantized or in BF16.
             with models.policy(transformer, "old"):
-                candidates = run.rollout(stage, run.networks[stage.precision], prompt, seeds)
+                candidates = run.rollout(stage, prompt, text, seeds)
 
             # Select: the next stage gets only the seeds of the kept candidates.
             if stage.num_kept:
-                rewards = run.combined_reward(candidates.scores)
-                candidates = candidates.take(select(rewards, stage.num_kept))
+                candidates = candidates.take(select(candidates.rewards, stage.num_kept))
             seeds = candidates.seeds
             kept.append(candidates)
         drawn.append(kept)
@@ -175,15 +191,16 @@ def iteration(run, step):
     samples = [kept[-1] for kept in drawn]
     scores = distributed.gather([candidates.scores for candidates in samples])
     rewards = {name: torch.stack([part[name] for part in scores]) for name in scores[0]}  # (P, K)
-    advantages = group_advantages(run.combined_reward(rewards), c.adv_clip, c.advantage_std)
+    advantages = group_advantages(rewards["weighted_sum"], c.adv_clip, c.advantage_std)
     for candidates, row in zip(samples, distributed.mine(advantages)):
         candidates.advantages = row
 
     # Update the policy; then the old policy and the EMA follow it.
     with run.clock("train"):
         metrics = update(run, samples, step)
-        models.follow(transformer, "old", eta=min(0.001 * (step + 1), 0.5))
-        models.follow(transformer, "ema", eta=c.ema_decay)
+        s = step + 1  # the paper counts from 1
+        models.follow(transformer, "old", eta=min(0.001 * s, 0.5))
+        models.follow(transformer, "ema", eta=min((1 + s) / (10 + s), c.ema_decay))
 
     proxies = distributed.gather([kept[0].rewards_of(kept[-1].seeds) for kept in drawn])
     metrics |= reward_metrics(proxies, rewards, selection.rank_fidelity)
@@ -193,31 +210,24 @@ def iteration(run, step):
 def update(run, samples, step):
     """One optimizer step on the mean NFT loss over all (sample, time) pairs. samples: a list of
     Candidates with advantages, of this process's prompts. Returns metrics."""
-    c, model, transformer = run.config, run.model, run.model.transformer
-    policy = models.lora_parameters(transformer, "default")
+    c, model = run.config, run.model
+    policy = models.lora_parameters(model.transformer, "default")
     num_samples = sum(distributed.gather([len(candidates.seeds) for candidates in samples]))
     sizes = [p.numel() for p in policy]
     gradient = torch.zeros(sum(sizes), dtype=torch.float64, device=c.device)
     metrics = []
     for candidates, pairs in zip(samples, training_pairs(c, model, step)):
-        prompt_text, sums = run.train.prompts[candidates.prompt], Counter()
+        prompt, sums = run.train.prompts[candidates.prompt], Counter()
         for rows, t, seeds in pairs:  # a micro-batch of (sample, time) pairs, each with fresh noise
-            x_0, advantages = candidates.latents[rows].to(c.device), candidates.advantages[rows]
-            noise, t = rollout.initial_noise(seeds, model.latent_shape).to(c.device), t.to(c.device)
-            x_t = torch.lerp(x_0, noise, t[:, None, None, None])  # (1 - t) x_0 + t noise
-            text = run.train.text.take([candidates.prompt] * len(rows)).to(c.device)
-            with torch.no_grad(), models.policy(transformer, "old"):
-                v_old = model.velocity(transformer, x_t, t, text)
-            with torch.no_grad(), models.policy(transformer, "base"):
-                v_ref = model.velocity(transformer, x_t, t, text)
-            v = model.velocity(transformer, x_t, t, text)
-            loss, values = nft_loss(
-                v, v_old, v_ref, x_t, x_0, t, advantages.to(c.device), c.nft_beta, c.adv_clip, c.kl
+            noise = rollout.initial_noise(seeds, model.latent_shape).to(c.device)
+            x_0, advantages = candidates.latents[rows], candidates.advantages[rows].to(c.device)
+            loss, values = pairs_loss(
+                c, model, candidates.text, x_0, noise, t.to(c.device), advantages
             )
             share = len(rows) / (num_samples * num_timesteps(c))
             (loss * share).backward()
             norm = torch.nn.utils.get_total_norm([p.grad for p in policy])
-            run.guard("update", [prompt_text], seeds, loss=loss[None], gradient=norm[None])
+            run.guard("update", [prompt], seeds, loss=loss[None], gradient=norm[None])
             for name, value in values.items():
                 sums[name] += float(value) * share
         metrics.append(sums)
@@ -235,9 +245,25 @@ def update(run, samples, step):
     return totals | {"grad_norm": float(norm)}
 
 
+def pairs_loss(config, model, text, x_0, noise, t, advantages):
+    """nft_loss of a micro-batch of B (sample, time) pairs of one prompt.
+
+    text: models.Text of one row; x_0, noise: (B, c, h, w); t, advantages: (B,); all on the model's
+    device."""
+    transformer, text = model.transformer, text.take([0] * len(x_0))
+    x_t = torch.lerp(x_0, noise, t[:, None, None, None])  # (1 - t) x_0 + t noise
+    with torch.no_grad(), models.policy(transformer, "old"):
+        v_old = model.velocity(transformer, x_t, t, text)
+    with torch.no_grad(), models.policy(transformer, "base"):
+        v_ref = model.velocity(transformer, x_t, t, text)
+    v = model.velocity(transformer, x_t, t, text)
+    settings = config.nft_beta, config.adv_clip, config.kl
+    return nft_loss(v, v_old, v_ref, x_t, x_0, t, advantages, *settings)
+
+
 def num_timesteps(config):
     """The number of sampling times at which each sample is trained."""
-    return max(1, round(config.timestep_fraction * config.rollout_steps))
+    return max(1, int(config.timestep_fraction * config.rollout_steps))
 
 
 def training_pairs(config, model, step):
@@ -252,9 +278,9 @@ def training_pairs(config, model, step):
     seeds = torch.tensor(seeds).reshape(num_samples, n)
     for prompt in distributed.mine(range(c.prompts_per_step)):
         of_prompt = slice(prompt * c.keep, (prompt + 1) * c.keep)
-        t, noise_seeds = times[chosen[of_prompt]], seeds[of_prompt]  # (K, n)
-        parts = torch.arange(c.keep).split(c.micro_batch)
-        yield [(i, t[i, j], noise_seeds[i, j].tolist()) for i in parts for j in range(n)]
+        rows, t = torch.arange(c.keep).repeat_interleave(n), times[chosen[of_prompt]].flatten()
+        parts = (part.split(c.train_micro_batch) for part in (rows, t, seeds[of_prompt].flatten()))
+        yield [(i, of_i, noise_seeds.tolist()) for i, of_i, noise_seeds in zip(*parts)]
 
 
 def evaluate(run):
@@ -264,13 +290,16 @@ def evaluate(run):
     rows = [i for i in range(n) for _ in range(c.eval_images)]
     seeds = [s for i in range(n) for s in rollout.candidate_seeds(0, EVALUATION, i, c.eval_images)]
     scores = []
-    with models.policy(run.model.transformer, "ema") as ema, run.clock("evaluate"):
+    with models.policy(run.model.transformer, "ema") as transformer, run.clock("evaluate"):
+        if not c.low_memory:
+            rollout.sync(run.copies["bf16"], transformer, "ema")
+        texts = run.model.encode(run.held_out.prompts)
         for i in distributed.mine(range(0, len(rows), c.micro_batch)):
             batch_rows, batch_seeds = rows[i : i + c.micro_batch], seeds[i : i + c.micro_batch]
             rollout.seed_globals(batch_seeds[0])
             noise = rollout.initial_noise(batch_seeds, run.model.latent_shape)
-            text = run.held_out.text.take(batch_rows).to(c.device)
-            x_0 = rollout.sample(run.model, ema, text, noise, c.eval_steps)
+            text = texts.take(batch_rows).to(c.device)
+            x_0 = rollout.sample(run.model, run.networks["bf16"], text, noise, c.eval_steps)
             scores.append(
                 run.score("evaluate", batch_rows, batch_seeds, x_0, run.model.decode(x_0))
             )
@@ -283,7 +312,9 @@ def evaluate(run):
 
 
 class Run:
-    """What an iteration works with: model, explorers, prompts, reward, optimizer."""
+    """What an iteration works with: model, prompts, reward, optimizer, and `networks`: {precision:
+    what draws in it}, merged copies of the transformer (`copies`) or, in BF16 with --low_memory,
+    the transformer itself."""
 
     def __init__(self, config):
         c = self.config = config
@@ -311,24 +342,25 @@ class Run:
             if c.eval_rewards:
                 self.eval_reward = build_reward(c.eval_rewards, c.device, clip, "--eval_rewards")
             self.model = models.load(c.model, folder or None, c.resolution, device=c.device)
+        self.model.pipeline_text, self.model.low_memory = c.pipeline_text, c.low_memory
         transformer = self.model.transformer
         for stage, prompts in (("first trial", self.train), ("evaluate", self.held_out)):
-            prompts.text = self.model.encode(prompts.prompts)
             self.notes += self.model.cut_off(prompts.prompts)
             # Two images: a model or a reward that fails should fail before anything is written.
             rows, noise = [0, -1], rollout.initial_noise([0, 1], self.model.latent_shape)
-            text = prompts.text.take(rows).to(c.device)
+            text = self.model.encode([prompts.prompts[i] for i in rows]).to(c.device)
             x_0 = rollout.sample(self.model, transformer, text, noise, 1)
             try:
                 self.score(stage, rows, [0, 1], x_0, self.model.decode(x_0))
             except NonFinite as error:
                 raise InputError(f"with the untrained model: {error}") from error
-        self.model.free_text_encoders()
         if c.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
-        self.explorers, self.layers, self.backend = {}, [], "explored in BF16"
+        self.copies, self.layers, self.backend = {}, [], "explored in BF16"
+        if not c.low_memory:
+            self.copies["bf16"], _ = rollout.make_copy(self.model, "bf16")
         for precision in sorted({stage.precision for stage in self.stages} - {"bf16"}):
-            self.explorers[precision], layers = rollout.make_explorer(
+            self.copies[precision], layers = rollout.make_copy(
                 self.model, precision, self.model.keep_bf16, c.min_dim
             )
             self.layers += layers
@@ -336,8 +368,8 @@ class Run:
             _, line = quant.backend(precision, c.device)
             self.backend = f"explored in {line}: {quantized} of {len(layers)} layers"
         torch.manual_seed(c.seed)
-        models.add_lora(self.model, c.lora_rank, alpha=2 * c.lora_rank)
-        self.networks = {"bf16": transformer} | self.explorers
+        models.add_lora(self.model, c.lora_rank, 2 * c.lora_rank, c.lora)
+        self.networks = {"bf16": transformer} | self.copies
         if c.compile:
             self.networks = {p: torch.compile(n) for p, n in self.networks.items()}
         self.policies = {a: models.lora_parameters(transformer, a) for a in models.ADAPTERS}
@@ -353,23 +385,19 @@ class Run:
         order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
         return order[step % (n // P) * P :][:P].tolist()
 
-    def rollout(self, stage, network, prompt, seeds):
-        """The Candidates of a training prompt that `network` draws from these seeds."""
+    def rollout(self, stage, prompt, text, seeds):
+        """The Candidates of a training prompt that a stage draws from these seeds."""
 
         def score(batch_seeds, latents, images):
             return self.score(stage.name, [prompt] * len(batch_seeds), batch_seeds, latents, images)
 
-        text = self.train.text.take(prompt).to(self.config.device)
         rollout.seed_globals(seeds[0])
+        network, micro_batch = self.networks[stage.precision], self.config.micro_batch
         with self.clock(stage.name):
             latents, scores = rollout.draw_and_score(
-                self.model, network, text, seeds, stage.steps, self.config.micro_batch, score
+                self.model, network, text, seeds, stage.steps, micro_batch, score
             )
-        return rollout.Candidates(prompt, seeds, latents, scores)
-
-    def combined_reward(self, scores):
-        """The one reward per image, of {reward: values}, that selection and advantages use."""
-        return self.reward.z_scored_sum(scores) if self.config.z_score else scores["weighted_sum"]
+        return rollout.Candidates(prompt, text, seeds, latents, scores)
 
     def score(self, stage, rows, seeds, latents, images):
         """Scores {reward: (n,)} of a micro-batch of images of these prompts; in an evaluation those
@@ -405,6 +433,8 @@ def train(config):
     resumed run draws it again."""
     c = config
     c.output_dir = distributed.gather([c.output_dir])[0]  # its default holds the time
+    if c.device.startswith("cuda"):
+        torch.set_float32_matmul_precision("high")  # TF32
     run, done, options = Run(c), 0, dataclasses.asdict(c)
     with run.stop_flag, Report(options, run.reward_names, run.eval_reward_names) as report:
         work = (
@@ -433,9 +463,8 @@ def train(config):
                 report.step(done, metrics, run.clock.take())
                 if done % c.eval_every == 0 or done == c.steps:
                     labels = [f"{stage.name}, {stage.precision}" for stage in run.stages]
-                    decode = lambda z: run.model.decode(z.to(c.device))  # noqa: E731
                     prompt = run.train.prompts[drawn[0][0].prompt]
-                    report.picture(done, prompt, list(zip(labels, drawn[0])), decode)
+                    report.picture(done, prompt, list(zip(labels, drawn[0])), run.model.decode)
         except Stopped:
             path = checkpoint.save(c.output_dir, done, run.policies, run.optimizer, options)
             say(f"stopped after {done} steps; --resume {c.output_dir} continues from {path}")

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 
 import quant
-from rollout import candidate_seeds, initial_noise, make_explorer, sample
+from rollout import candidate_seeds, initial_noise, make_copy, sample
 from support import models, world
 
 SHAPES = {"cpu": ((6144, 128), (4096, 2240)), "cuda": ((65536, 2240), (4096, 12288))}
@@ -80,7 +80,7 @@ def exploring(device):
         for mode, wrap in MODES.items():
             networks = {"bf16": wrap(model.transformer)}
             for precision in precisions:
-                networks[precision] = wrap(make_explorer(model, precision, model.keep_bf16)[0])
+                networks[precision] = wrap(make_copy(model, precision, model.keep_bf16)[0])
             ms = medians(
                 {p: lambda n=n: sample(model, n, text, noise, 1) for p, n in networks.items()}
             )

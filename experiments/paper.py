@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from reward import build_reward
-from rollout import candidate_seeds, draw, make_explorer
+from rollout import candidate_seeds, draw, make_copy
 from support import models, world
 from support.report import mean_and_error, plt
 from train import ALGORITHMS, selection
@@ -87,7 +87,7 @@ def fidelity(num_prompts):
     for name in models.MODELS:
         pools = Pools(name, num_prompts)
         policy = pools.model.transformer
-        explorer, _ = make_explorer(pools.model, "nvfp4", pools.model.keep_bf16)
+        explorer, _ = make_copy(pools.model, "nvfp4", pools.model.keep_bf16)
         proxies = {
             f"NVFP4, {EXPLORE_STEPS} steps": (explorer, EXPLORE_STEPS),
             f"NVFP4, {EXPLORE_STEPS} steps, micro-batches of 16": (explorer, EXPLORE_STEPS, 16),
@@ -169,7 +169,7 @@ def ladder(num_prompts, seeds, steps):
         truths = pools.rewards(pools.model.transformer, ROLLOUT_STEPS)
         for proxy, options in tqdm({**LADDER, EVERY_LAYER: LADDER["nvfp4"]}.items(), desc=name):
             skip = () if proxy == EVERY_LAYER else pools.model.keep_bf16
-            explorer, _ = make_explorer(pools.model, options["precision"], skip)
+            explorer, _ = make_copy(pools.model, options["precision"], skip)
             rewards = pools.rewards(explorer, options["explore_steps"])
             rows.append(rank_row(f"{name}: {proxy}", rewards, truths))
             if options["explore_steps"] == EXPLORE_STEPS and options["precision"] != "bf16":

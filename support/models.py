@@ -61,8 +61,13 @@ class Model:
     paper = {}  # the paper's options for this model where they differ from Config's defaults
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")  # ends of names of layers for LoRA
     keep_bf16 = ()  # parts of the names of layers that the explorer does not quantize
-    token_limits = {}  # tokenizer -> number of tokens of a prompt that the pipeline reads
+    token_limits = {}  # tokenizer -> number of tokens of a prompt that are read
+    pipeline_tokens = None  # the same for the last tokenizer, as the pipeline does by default
     patch = None  # a token is patch x patch latents; None: as the transformer's config says
+
+    # A run sets these two by the options of their names.
+    pipeline_text = False  # encode prompts as the pipeline does by default
+    low_memory = False  # text encoders wait on the CPU while they are not needed
 
     def __init__(self, pipe, resolution, solver):
         self.pipe, self.transformer, self.vae = pipe, pipe.transformer, pipe.vae
@@ -78,7 +83,10 @@ class Model:
 
     def token_limit(self, tokenizer):
         """Number of tokens of a prompt that are read: the pipeline's limit or the tokenizer's."""
-        return min(self.token_limits[tokenizer], getattr(self.pipe, tokenizer).model_max_length)
+        limits = dict(self.token_limits)
+        if self.pipeline_text:
+            limits[list(limits)[-1]] = self.pipeline_tokens
+        return min(limits[tokenizer], getattr(self.pipe, tokenizer).model_max_length)
 
     def cut_off(self, prompts):
         """A line for each tokenizer for which some of the prompts are too long."""
@@ -91,15 +99,23 @@ class Model:
 
     @torch.no_grad()
     def encode(self, prompts):
-        """n prompts -> Text of n rows on the CPU, equal to what the pipeline makes by default."""
+        """n prompts -> Text of n rows on the CPU."""
+        names = ("text_encoder", "text_encoder_2", "text_encoder_3")
+        encoders = [getattr(self.pipe, name) for name in names if getattr(self.pipe, name, None)]
+        for encoder in encoders:
+            encoder.to(self.transformer.device)
         batches = [prompts[i : i + 32] for i in range(0, len(prompts), 32)]
-        texts = [self.encode_batch(batch).to("cpu") for batch in batches]
+        texts = [self.encode_batch(batch, self.transformer.device).to("cpu") for batch in batches]
+        if self.low_memory:
+            for encoder in encoders:
+                encoder.to("cpu")
         return Text(*(None if part[0] is None else torch.cat(part) for part in zip(*texts)))
 
-    def scheduler(self, steps, **timestep_options):
-        """diffusers' scheduler for `solver`, with the published shift and its timesteps set."""
+    def scheduler(self, steps, shift=None, **timestep_options):
+        """diffusers' scheduler for `solver` with its timesteps set. shift: of the times towards
+        noise; None is the published one."""
         config = self.pipe.scheduler.config
-        shift = config.get("shift", config.get("flow_shift"))
+        shift = shift or config.get("shift", config.get("flow_shift"))
         # Each class takes those of the options that it knows.
         options = dict(prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=2)
         options |= dict(shift=shift, flow_shift=shift)
@@ -133,12 +149,10 @@ class Model:
             inputs["pooled_projections"] = text.pooled.to(dtype)
         return transformer(x_t.to(dtype), **inputs, return_dict=False)[0].float()
 
-    def call(self):
-        """Keyword arguments with which the pipeline draws as this project does."""
+    def call(self, steps):
+        """Keyword arguments, as Python source, with which the pipeline draws as this project does
+        in that many steps."""
         return {"max_sequence_length": self.token_limit(list(self.token_limits)[-1])}
-
-    def free_text_encoders(self):
-        self.pipe.text_encoder = self.pipe.text_encoder_2 = self.pipe.text_encoder_3 = None
 
 
 class Sana(Model):
@@ -147,19 +161,30 @@ class Sana(Model):
     pipeline = diffusers.SanaPipeline
     published = "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers"
     variant = "bf16"
-    paper = dict(resolution=1024, solver="euler", min_dim=2240)
+    paper = dict(resolution=1024, solver="euler", min_dim=2240, train_micro_batch=16)
     # In the published code one fused layer makes self-attention's q, k and v; it stays in BF16.
     keep_bf16 = ("patch_embed", "time_embed", "caption_projection", "proj_out")
     keep_bf16 += ("attn1.to_q", "attn1.to_k", "attn1.to_v")
     token_limits = {"tokenizer": 300}
+    pipeline_tokens = 300
 
     # The lines that the pipeline puts before every prompt by default.
     instruction = (
         inspect.signature(pipeline.__call__).parameters["complex_human_instruction"].default
     )
 
-    def call(self):
-        return {"use_resolution_binning": False}  # binning samples at another size
+    def call(self, steps):
+        call = {"use_resolution_binning": False}  # binning samples at another size
+        if self.solver == "euler":
+            call["sigmas"] = f"[1 - i / {steps} for i in range({steps})]"
+        return call | ({} if self.pipeline_text else {"complex_human_instruction": None})
+
+    def scheduler(self, steps):
+        """Euler's times are 1, 1 - 1 / steps, ..., 1 / steps, without a shift, as in the authors'
+        code. (diffusers' own for Euler shift the last time twice: of 10 it would be .0089.)"""
+        if self.solver != "euler":
+            return super().scheduler(steps)
+        return super().scheduler(steps, shift=1.0, sigmas=[1 - i / steps for i in range(steps)])
 
     def encode(self, prompts):
         """Pads to the longest of the prompts only. Attention masks padding out, and the pipeline's
@@ -168,10 +193,13 @@ class Sana(Model):
         self.padded = min(self.token_limit("tokenizer"), max(len(ids) for ids in token_ids) + 2)
         return super().encode(prompts)
 
-    def encode_batch(self, prompts):
-        options = dict(complex_human_instruction=self.instruction, max_sequence_length=self.padded)
+    def encode_batch(self, prompts, device):
         embeds, mask, _, _ = self.pipe.encode_prompt(
-            prompts, do_classifier_free_guidance=False, **options
+            prompts,
+            do_classifier_free_guidance=False,
+            complex_human_instruction=self.instruction if self.pipeline_text else None,
+            max_sequence_length=self.padded,
+            device=device,
         )
         return Text(embeds, mask=mask)
 
@@ -182,14 +210,19 @@ class Flux(Model):
 
     pipeline = diffusers.FluxPipeline
     published = "black-forest-labs/FLUX.1-dev"
-    paper = dict(resolution=512, solver="dpm", min_dim=1000, eval_steps=28, timestep_fraction=0.4)
+    paper = dict(resolution=512, solver="dpm", min_dim=1000, train_micro_batch=12)
+    paper |= dict(eval_steps=28, timestep_fraction=0.4)
     keep_bf16 = ("x_embedder", "context_embedder", "time_text_embed", "norm_out")
-    token_limits = {"tokenizer": 77, "tokenizer_2": 512}
+    token_limits = {"tokenizer": 77, "tokenizer_2": 128}
+    pipeline_tokens = 512
     patch = 2  # 2 x 2 latents are packed into one token before the transformer
     guidance = 1.0
 
-    def encode_batch(self, prompts):
-        embeds, pooled, _ = self.pipe.encode_prompt(prompts, prompt_2=None, **self.call())
+    def encode_batch(self, prompts, device):
+        tokens = self.token_limit("tokenizer_2")
+        embeds, pooled, _ = self.pipe.encode_prompt(
+            prompts, prompt_2=None, max_sequence_length=tokens, device=device
+        )
         return Text(embeds, pooled=pooled)
 
     def velocity(self, transformer, x_t, t, text):
@@ -218,7 +251,7 @@ class Flux(Model):
             tokens = (self.latent_shape[1] // 2) ** 2
             options["mu"] = calculate_shift(tokens, *(config[name] for name in names))
         if self.solver == "euler":
-            options["sigmas"] = np.linspace(1, 1 / steps, steps)
+            options["sigmas"] = np.linspace(1, 1 / steps, steps)  # as the pipeline does
         return super().scheduler(steps, **options)
 
 
@@ -228,16 +261,19 @@ class SD3(Model):
 
     pipeline = diffusers.StableDiffusion3Pipeline
     published = "stabilityai/stable-diffusion-3.5-large"
-    paper = dict(resolution=1024, solver="dpm", min_dim=2432, max_grad_norm=0.002)
+    paper = dict(resolution=1024, solver="dpm", min_dim=2432, train_micro_batch=4)
+    paper |= dict(max_grad_norm=0.002)
     lora_targets = Model.lora_targets + ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
     # The paper's list says "norm1"; we take it to mean norm1 and norm1_context.
     keep_bf16 = ("pos_embed", "context_embedder", "time_text_embed", "norm_out", "ff_context")
     keep_bf16 += ("norm1", "norm1_context")
-    token_limits = {"tokenizer": 77, "tokenizer_2": 77, "tokenizer_3": 256}
+    token_limits = {"tokenizer": 77, "tokenizer_2": 77, "tokenizer_3": 128}
+    pipeline_tokens = 256
 
-    def encode_batch(self, prompts):
+    def encode_batch(self, prompts, device):
         options = dict(prompt_2=None, prompt_3=None, do_classifier_free_guidance=False)
-        embeds, _, pooled, _ = self.pipe.encode_prompt(prompts, **options, **self.call())
+        options |= dict(max_sequence_length=self.token_limit("tokenizer_3"), device=device)
+        embeds, _, pooled, _ = self.pipe.encode_prompt(prompts, **options)
         return Text(embeds, pooled=pooled)
 
 
@@ -305,13 +341,30 @@ def check_pretrained(name, folder):
 ADAPTERS = ("default", "old", "ema")
 
 
-def add_lora(model, rank, alpha):
-    """Add the three adapters in float32, with equal values, drawn with torch's global generator.
-    Only "default" requires gradients."""
+def add_lora(model, rank, alpha, path=""):
+    """Add the three adapters in float32, with equal values. Only "default" requires gradients.
+
+    path: a LoRA in diffusers' format, a folder, file or id on the hub, whose layers, alpha and
+    values they get, rounded to the transformer's dtype as a pipeline does; without it values are
+    drawn with torch's global generator. Raises InputError if the LoRA cannot be loaded, is not of
+    this rank, or is for text encoders too."""
     transformer = model.transformer
     options = dict(init_lora_weights="gaussian", target_modules=list(model.lora_targets))
     config = LoraConfig(r=rank, lora_alpha=alpha, **options)
-    for adapter in ADAPTERS:
+    if path:
+        diffusers.utils.logging.set_verbosity_error()  # it would miss text encoders' parts
+        try:
+            options = dict(adapter_name=ADAPTERS[0], use_safetensors=True)
+            model.pipe.load_lora_weights(path, **options)
+            config = transformer.peft_config[ADAPTERS[0]]
+        except Exception as error:  # broken files raise exceptions of any kind
+            raise InputError(f"--lora {path}: cannot be loaded: {one_line(error)}") from error
+        fits = config.r == rank
+        require(fits, f"--lora_rank {rank}: --lora {path} has rank {config.r}; give that")
+        parts = [name for name, adapters in model.pipe.get_list_adapters().items() if adapters]
+        only_transformer = parts == ["transformer"]
+        require(only_transformer, f"--lora {path}: is for text encoders too, which are not trained")
+    for adapter in ADAPTERS[1:] if path else ADAPTERS:
         transformer.add_adapter(config, adapter_name=adapter)
     first = lora_parameters(transformer, ADAPTERS[0])
     for adapter in ADAPTERS:

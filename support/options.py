@@ -32,11 +32,12 @@ class Config:
     model: str = option("sana", "sana, flux or sd3: SANA, FLUX.1 or Stable Diffusion 3.5")
     algorithm: str = option("sol_rl", "sol_rl, naive_scaling, naive_quant or diffusionnft")
     pretrained: str = option("", "a diffusers folder or hub id; without a value: the published one")
+    lora: str = option("", "a LoRA in diffusers' format to start from: a folder, file or hub id")
     reward: str = option("clipscore", "NAME, NAME:WEIGHT,NAME:WEIGHT or path/to/file.py:function")
     eval_rewards: str = option("", "rewards that are only measured, on the held-out prompts")
-    z_score: bool = option(False, "z-score each part of a sum of rewards before summing")
     prompts: str = option("", "file with one prompt per line, or .jsonl with 'prompt' and metadata")
     eval_prompts: str = option("", "file of held-out prompts; else every tenth prompt, at most 64")
+    pipeline_text: bool = option(False, "encode prompts as the pipeline does, not as the paper")
     resolution: int = option(None, "side of the images in pixels", tiny=32)
 
     steps: int = option(300, "iterations, one optimizer step each", tiny=20)
@@ -45,29 +46,32 @@ class Config:
     keep: int = option(24, "K, candidates trained on per prompt; an even number")
     select: str = option("best_worst", "best_worst, random_subset, mean_deviation, extremes_random")
     precision: str = option("nvfp4", "explore in nvfp4, nvfp4_4over6, nvfp4_row, fp8 or bf16")
-    min_dim: int = option(None, "layers with max(inputs, outputs) up to this stay in BF16", tiny=0)
-    compile: bool = option(False, "torch.compile the transformers that draw candidates")
+    min_dim: int = option(None, tiny=0)  # layers with max(inputs, outputs) up to this stay in BF16
+    compile: bool = option(None, "torch.compile the transformers that draw candidates")
     explore_steps: int = option(6, "sampling steps when exploring")
     rollout_steps: int = option(10, "sampling steps of the images that are trained on")
     eval_steps: int = option(40, "sampling steps when evaluating")
-    eval_every: int = option(10, "iterations between evaluations", tiny=5)
+    eval_every: int = option(20, "iterations between evaluations", tiny=5)
     eval_images: int = option(2, tiny=4)  # images per held-out prompt
-    micro_batch: int = option(24, "images drawn or trained on at once", tiny=48)
+    micro_batch: int = option(24, "images drawn at once", tiny=96)
+    train_micro_batch: int = option(16, "(image, time) pairs trained on at once", tiny=144)
     gradient_checkpointing: bool = option(True, "less memory, more time in the update", tiny=False)
+    low_memory: bool = option(False, "no merged BF16 copy; text encoders wait on the CPU")
+    dry_run: bool = option(False, "print what the run would need of a GPU, and end")
 
     learning_rate: float = option(3e-4, "learning rate of AdamW", tiny=1e-3)
     max_grad_norm: float = option(1.0, "the gradient is clipped to this norm")
     lora_rank: int = option(32, "rank of the LoRA; its alpha is twice the rank", tiny=16)
-    timestep_fraction: float = option(0.6, "share of the sampling times trained per image")
-    nft_beta: float = option(1.0, "beta of the NFT loss, the policy mix")
     kl: float = option(1e-4, "weight of the KL term against the base model")
-    advantage_std: str = option("all", "std over all rewards or per prompt", ("all", "prompt"))
+    timestep_fraction: float = 0.6  # share of the sampling times at which each image is trained
+    nft_beta: float = 1.0  # beta of the NFT loss, the policy mix
+    advantage_std: str = "all"  # the std of the advantages is over "all" rewards, or per "prompt"
     adv_clip: float = 5.0  # advantages are clipped to this on both sides
-    ema_decay: float = 0.9  # of the EMA policy, which is evaluated and saved
+    ema_decay: float = 0.9  # largest decay of the EMA policy, which is evaluated and saved
 
     seed: int = option(0, "every random number of the run follows from it")
     output_dir: str = option("", "the run's folder; default: runs/MODEL_ALGORITHM_TIME")
-    checkpoint_every: int = option(10, "iterations between checkpoints", tiny=5)
+    checkpoint_every: int = option(5, "iterations between checkpoints")
     resume: str = option("", "a run's folder to continue, or latest: the newest run in runs/")
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     report_to: str = option("none", "where metrics also go", ("none", "tensorboard", "wandb"))
@@ -75,13 +79,16 @@ class Config:
     checkpoint = None  # neither option nor constant: the Checkpoint that --resume found
 
 
-# The help text names no default for these, since each model has its own.
-BY_MODEL = ("resolution", "min_dim", "eval_steps", "timestep_fraction", "max_grad_norm")
-# Options that a resumed run may change, since no number of the training depends on them.
-RUNNING = ("steps", "device", "report_to", "checkpoint_every", "eval_every")
+# What the help text says of defaults that are not the same for all models and devices.
+OF_MODEL = ("resolution", "eval_steps", "max_grad_norm", "train_micro_batch")
+DEFAULTS_IN_WORDS = dict.fromkeys(OF_MODEL, "the model's")
+DEFAULTS_IN_WORDS["compile"] = "on with --pretrained on a GPU"
+# Options that a resumed run may change. No number of the training depends on those of the first
+# line; on those of the second only roundings depend.
+RUNNING = ("steps", "report_to", "checkpoint_every", "eval_every", "gradient_checkpointing")
+RUNNING += ("device", "compile", "train_micro_batch", "low_memory")
 # Smallest and largest value, by the option's name or else by its type.
-RANGES = {int: (1, 999_999), float: (1e-30, 1e30), "seed": (0, 2**63 - 1), "min_dim": (0, 999_999)}
-RANGES |= {"kl": (0, 1e30), "timestep_fraction": (1e-30, 1)}
+RANGES = {int: (1, 999_999), float: (1e-30, 1e30), "seed": (0, 2**63 - 1), "kl": (0, 1e30)}
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 OPTIONS = {name: field for name, field in FIELDS.items() if field.metadata.get("help")}
 TINY = {n: f.metadata["tiny"] for n, f in FIELDS.items() if f.metadata.get("tiny") is not None}
@@ -100,7 +107,7 @@ def read_command_line(argv, description=None):
     as_written = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=description, formatter_class=as_written, allow_abbrev=False)
     for name, field in OPTIONS.items():
-        default = "the model's" if name in BY_MODEL else field.default
+        default = DEFAULTS_IN_WORDS.get(name, field.default)
         if name in TINY:
             default = f"{TINY[name]}; with --pretrained: {default}"
         help = field.metadata["help"] + (f" (default: {default})" if default != "" else "")
@@ -145,7 +152,7 @@ def parse(argv, choices, paper, description=None):
 
 def model_defaults(model, pretrained, paper):
     """The defaults of a model where they are not those of Config."""
-    own = {name: value for name, value in paper.get(str(model), {}).items() if name in OPTIONS}
+    own = {name: value for name, value in paper.get(str(model), {}).items() if name in FIELDS}
     return own | ({} if pretrained else TINY)
 
 
@@ -190,6 +197,8 @@ def check_values(c, choices):
     """Check each value, which a checkpoint may give any type, and what two of them must fulfil."""
     for name, field in OPTIONS.items():
         value, types = getattr(c, name), (int, float) if field.type is float else field.type
+        if name == "compile" and value is None:
+            continue  # check_machine sets it, once the device is known
         require(isinstance(value, types), f"--{name} {value!r}: must be {field.type.__name__}")
         allowed = field.metadata["choices"] or choices.get(name)
         if allowed:
@@ -215,6 +224,8 @@ def check_machine(c):
     require(world == 1 or ":" not in c.device, index)
     if c.device == "auto":
         c.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if c.compile is None:
+        c.compile = bool(c.pretrained) and c.device.startswith("cuda")
     try:
         device = torch.device(c.device)
         if device.type == "cuda" and torch.cuda.is_available():

@@ -11,11 +11,9 @@ import html
 import re
 
 import ftfy
-import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from PIL import Image
 from torch import nn
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
@@ -26,20 +24,32 @@ from support.hub import fetch
 def resize_and_crop(images, side, round_offset):
     """Resize the shorter edge to `side` by Pillow's bicubic filter; cut out the central square.
 
-    images: (n, 3, H, W) in [0, 1]; returns uint8 (n, 3, side, side) on the same device.
-    round_offset: `int` or `round`, for the offset of the crop.
+    The result is Pillow's to the last bit, but Pillow itself would need the images on the CPU.
+    images: (n, 3, H, W) in [0, 1]; returns whole numbers from 0 to 255, float64 (n, 3, side, side)
+    on the same device. round_offset: `int` or `round`, for the offset of the crop.
     """
+    pixels = (255 * images).round().double()  # as in the file that a pipeline would have saved
     h, w = images.shape[-2:]
-    height, width = (int(side * size / min(h, w)) for size in (h, w))
-    top, left = (round_offset((size - side) / 2) for size in (height, width))
-    pixels = (255 * images).round().byte()  # as in the file that a pipeline would have saved
-    cropped = []
-    for picture in pixels.permute(0, 2, 3, 1).cpu().numpy():
-        # Along x, then along y: Pillow 13 sometimes takes the other order, and rounds differently.
-        resized = Image.fromarray(picture).resize((width, h), Image.Resampling.BICUBIC)
-        resized = resized.resize((width, height), Image.Resampling.BICUBIC)
-        cropped.append(np.asarray(resized)[top : top + side, left : left + side])
-    return torch.tensor(np.stack(cropped), device=images.device).permute(0, 3, 1, 2)
+    for size in (w, h):  # along x, then along y; each pass transposes the picture
+        resized = int(side * size / min(h, w))
+        weights = bicubic_weights(size, resized, round_offset((resized - side) / 2), side, images)
+        # Sums of these whole numbers are exact in float64: every device rounds the same values.
+        pixels = (pixels @ weights.T / 2**22 + 0.5).floor().clamp(0, 255).mT
+    return pixels
+
+
+def bicubic_weights(size, resized, start, side, images):
+    """Pillow's filter that resizes a line of `size` pixels to `resized` pixels, as a matrix: its
+    rows start, ..., start + side - 1, float64 (side, size) on the images' device. As in Pillow, a
+    weight is a whole number, in units of 1 / 2 ** 22. F.interpolate does not round its weights, so
+    it rounds ties between two 8-bit values differently."""
+    target = torch.arange(start, start + side, dtype=torch.float64, device=images.device)
+    source = torch.arange(size, dtype=torch.float64, device=images.device)
+    distance = source + 0.5 - (target[:, None] + 0.5) * size / resized  # of the pixels' centres
+    x = distance.abs() / max(1, size / resized)
+    weights = torch.where(x < 1, (1.5 * x - 2.5) * x**2 + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2)
+    weights = torch.where(x < 2, weights, 0)
+    return (2**22 * weights / weights.sum(dim=1, keepdim=True)).round()
 
 
 def normalize(images):
@@ -51,7 +61,7 @@ def normalize(images):
 def clip_pixels(images, side, round_offset=int):
     """CLIP's preprocessing: (n, 3, H, W) in [0, 1] -> float32 (n, 3, side, side). ImageReward uses
     torchvision's, which differs in `round_offset=round`."""
-    return normalize(resize_and_crop(images, side, round_offset).double() / 255)
+    return normalize(resize_and_crop(images, side, round_offset) / 255)
 
 
 def square_pixels(images, side):

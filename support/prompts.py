@@ -9,11 +9,10 @@ from support.errors import InputError, one_line, require
 
 @dataclasses.dataclass
 class Prompts:
-    """n prompts (str), their metadata (dicts) and, once encoded, the models.Text of all."""
+    """n prompts (str) and their metadata (dicts)."""
 
     prompts: list
     metadata: list
-    text: object = None
 
 
 def read_prompts(path, option="--prompts"):

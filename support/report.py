@@ -261,7 +261,8 @@ class Report:
         solver = type(scheduler).__name__
         variant = f', variant="{model.variant}"' if published and model.variant else ""
         call = dict(guidance_scale=1.0, num_inference_steps=options["eval_steps"])
-        call |= dict(height=options["resolution"], width=options["resolution"]) | model.call()
+        call |= dict(height=options["resolution"], width=options["resolution"])
+        call |= model.call(options["eval_steps"])
         arguments = ", ".join(f"{name}={value}" for name, value in call.items())
         self._write_text("lora/scheduler_config.json", scheduler.to_json_string())
         self._write_text(

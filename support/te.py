@@ -125,7 +125,9 @@ class TEMatmul(nn.Module):
     @torch.no_grad()
     def forward(self, x):
         te = transformer_engine.pytorch
-        padded = F.pad(x.to(torch.bfloat16), (0, 0, 0, -len(x) % TOKENS))
+        padded, missing = x.to(torch.bfloat16), -len(x) % TOKENS
+        if missing:  # F.pad copies in any case
+            padded = F.pad(padded, (0, 0, 0, missing))
         if hasattr(te, "autocast"):  # from 2.9 on
             quantizing = te.autocast(enabled=True, recipe=self.recipe)
         else:

@@ -24,12 +24,12 @@ from rollout import Candidates, candidate_seeds, initial_noise, sample, sampling
 from support import models
 
 RANK, SEED, STEP = 16, 7, 3
-UNQUANTIZED = 999_999  # --min_dim: every layer of the explorer stays in BF16
+UNQUANTIZED = 999_999  # as min_dim: no layer of the explorer is quantized
 BETA, A_MAX, KL = 0.7, 0.8, 0.5  # so that each has an effect that shows
 OPTIONS = (
     "--prompts_per_step 2 --pool 6 --keep 4 --explore_steps 2 --rollout_steps 5 --micro_batch 3 "
-    f"--min_dim {UNQUANTIZED} --eval_steps 3 --lora_rank {RANK} --seed {SEED} --kl {KL} "
-    f"--nft_beta {BETA} --max_grad_norm 1e9 --device cpu --prompts"
+    f"--eval_steps 3 --lora_rank {RANK} --seed {SEED} --kl {KL} "
+    "--max_grad_norm 1e9 --device cpu --prompts"
 ).split() + [str(PROJECT / "tests" / "prompts.txt")]
 
 # Rewards of the six candidates that are explored for each of the two prompts, and of the four that
@@ -121,14 +121,15 @@ class Recording:
     metrics: dict = None
 
 
-def prepared(world, name="sana", algorithm="sol_rl", options=()):
-    """A run whose four policies differ, in float32."""
-    config = train.parse_options(["--model", name, "--algorithm", algorithm, *OPTIONS, *options])
-    run = train.Run(dataclasses.replace(config, adv_clip=A_MAX, eval_images=2))
+def prepared(world, algorithm="sol_rl", options=(), min_dim=UNQUANTIZED):
+    """A run of SANA whose four policies differ, in float32."""
+    config = train.parse_options(["--algorithm", algorithm, *OPTIONS, *options])
+    constants = dict(adv_clip=A_MAX, nft_beta=BETA, eval_images=2, min_dim=min_dim)
+    run = train.Run(dataclasses.replace(config, **constants))
     run.model.transformer.float()
-    for explorer in run.explorers.values():
-        if run.config.min_dim == UNQUANTIZED:
-            explorer.float()
+    for precision, merged in run.copies.items():
+        if precision == "bf16" or min_dim == UNQUANTIZED:
+            merged.float()
     g = torch.Generator().manual_seed(0)
     for adapter in models.ADAPTERS:
         for p in models.lora_parameters(run.model.transformer, adapter):
@@ -153,7 +154,8 @@ def iterate(run, step, rewards):
     def recorded_velocity(network, x_t, t, text):
         v = velocity(network, x_t, t, text)
         if not seen.losses:  # what comes later is the update
-            seen.calls.append((network in run.explorers.values(), x_t.clone(), t, text, v.detach()))
+            by_explorer = network is run.copies.get("nvfp4")
+            seen.calls.append((by_explorer, x_t.clone(), t, text, v.detach()))
         return v
 
     def recorded_decode(latents):
@@ -219,11 +221,12 @@ class Rollout:
 
 def rollouts(run, seen, naive):
     """The rollouts of a recorded iteration, micro-batches joined."""
-    found = []
+    found, rows = [], run.prompts_of(seen.step)
+    texts = run.model.encode([run.train.prompts[row] for row in rows])
     for (by_explorer, x_t, t, text, _), policy in zip(seen.calls, policies(seen, naive)):
-        same = [torch.equal(text.embeds[0], e) for e in run.train.text.embeds]
+        same = [torch.equal(text.embeds[0], e) for e in texts.embeds]
         assert sum(same) == 1 and all(torch.equal(e, text.embeds[0]) for e in text.embeds)
-        row, time = same.index(True), float(t[0])
+        row, time = rows[same.index(True)], float(t[0])
         if time == 1 and found and (found[-1].row, found[-1].by_explorer) == (row, by_explorer):
             found[-1].noise = torch.cat([found[-1].noise, x_t])
             found[-1].times.append([])
@@ -287,10 +290,10 @@ def test_the_kept_seeds_are_drawn_again_from_the_same_noise_in_the_same_order(re
 
 def test_the_explorer_differs_from_the_policy_in_precision_alone(world):
     """And it holds the old policy: in NVFP4 its velocity is nearest to that one's."""
-    run = prepared(world, options=["--min_dim", "0"])
-    (explorer,) = run.explorers.values()
+    run = prepared(world, min_dim=0)
+    explorer = run.copies["nvfp4"]
     sync(explorer, run.model.transformer, "old")
-    text = run.train.text.take([0] * 8)
+    text = run.model.encode(run.train.prompts[:1]).take([0] * 8)
     noise, t = initial_noise(range(8), run.model.latent_shape), torch.full((8,), 0.7)
     naive = Naive(world)
     with torch.no_grad():
@@ -407,11 +410,12 @@ def test_velocities_of_the_three_policies_and_the_gradient_are_the_naive_ones(re
     naive = Naive(world, dtype=torch.float64)
     for seen in iterations:
         rows = run.prompts_of(seen.step)
-        losses = [(rows[i], loss) for (i, _), part in trained(run, seen).items() for loss in part]
+        losses = [(i, loss) for (i, _), part in trained(run, seen).items() for loss in part]
         v, v_old, v_ref, x_t, x_0, t, advantages = (
             torch.stack(parts) for parts in zip(*[loss for _, loss in losses])
         )
-        at = (x_t, t, run.train.text.take([row for row, _ in losses]))
+        texts = run.model.encode([run.train.prompts[row] for row in rows])
+        at = (x_t, t, texts.take([i for i, _ in losses]))
         velocities = {}
         for name, recorded in (("default", v), ("old", v_old), ("base", v_ref)):
             naive.become({} if name == "base" else seen.before[name])
@@ -433,7 +437,8 @@ def test_velocities_of_the_three_policies_and_the_gradient_are_the_naive_ones(re
 
 def test_after_the_optimizer_step_the_old_policy_and_the_ema_follow_the_new_policy(recordings):
     """old <- eta old + (1 - eta) policy with eta = min(0.001 i, 0.5) in iteration i = step + 1;
-    EMA with decay 0.9. The optimizer is AdamW with the paper's settings."""
+    EMA with decay (1 + i) / (10 + i), as in the authors' code, until that is 0.9. The optimizer is
+    AdamW with the paper's settings."""
     run, iterations = recordings("sol_rl")
     parameters = {k: [p.clone() for p in v] for k, v in iterations[0].before["default"].items()}
     flat = [p.requires_grad_() for pair in parameters.values() for p in pair]
@@ -444,22 +449,27 @@ def test_after_the_optimizer_step_the_old_policy_and_the_ema_follow_the_new_poli
         for p, g in zip(flat, [g for pair in seen.gradient.values() for g in pair]):
             p.grad = g
         adamw.step()
-        eta = 0.001 * (seen.step + 1)
+        i = seen.step + 1
+        eta, decay = 0.001 * i, (1 + i) / (10 + i)
         for layer, pair in parameters.items():
-            for i, new in enumerate(pair):
-                old = eta * seen.before["old"][layer][i] + (1 - eta) * new
-                ema = 0.9 * seen.before["ema"][layer][i] + 0.1 * new
+            for j, new in enumerate(pair):
+                old = eta * seen.before["old"][layer][j] + (1 - eta) * new
+                ema = decay * seen.before["ema"][layer][j] + (1 - decay) * new
                 for adapter, expected in (("default", new), ("old", old), ("ema", ema)):
-                    assert torch.allclose(seen.after[adapter][layer][i], expected, atol=1e-7)
+                    assert torch.allclose(seen.after[adapter][layer][j], expected, atol=1e-7)
 
 
-def test_from_iteration_500_on_the_old_policy_keeps_half_of_itself(world):
+def test_late_in_a_run_the_old_policy_keeps_half_of_itself_and_the_ema_nine_tenths(world):
+    """The old policy from iteration 500 on, the EMA from iteration 80 on."""
     run = prepared(world, algorithm="diffusionnft")
-    seen = iterate(run, 700, REWARDS)
-    for layer, pair in seen.after["old"].items():
-        for i, old in enumerate(pair):
-            expected = (seen.before["old"][layer][i] + seen.after["default"][layer][i]) / 2
-            assert torch.allclose(old, expected, atol=1e-7)
+    for step in (90, 700):
+        seen = iterate(run, step, REWARDS)
+        shares = {"old": min(0.001 * (step + 1), 0.5), "ema": 0.9}
+        for adapter, share in shares.items():
+            for layer, pair in seen.after[adapter].items():
+                for i, after in enumerate(pair):
+                    before, new = seen.before[adapter][layer][i], seen.after["default"][layer][i]
+                    assert torch.allclose(after, share * before + (1 - share) * new, atol=1e-7)
 
 
 @pytest.fixture
@@ -468,6 +478,7 @@ def updated(world):
     its learning rate is 0, so that the policy stays what it is."""
     run = prepared(world)
     run.optimizer.param_groups[0]["lr"] = 0.0
+    texts = run.model.encode(run.train.prompts[:2])
     g = torch.Generator().manual_seed(1)
     x_0 = [torch.randn(4, *run.model.latent_shape, generator=g) for _ in range(2)]
 
@@ -478,7 +489,8 @@ def updated(world):
             lambda *_: seen.append(torch.cat([p.grad.flatten() for p in policy]))
         )
         samples = [
-            Candidates(i, [0] * 4, x_0[i], {}, torch.tensor(ADVANTAGES[i])) for i in range(2)
+            Candidates(i, texts.take(i), [0] * 4, x_0[i], {}, torch.tensor(ADVANTAGES[i]))
+            for i in range(2)
         ]
         metrics = train.update(run, samples, STEP)
         hook.remove()
@@ -488,10 +500,11 @@ def updated(world):
 
 
 def test_micro_batches_change_nothing(updated):
-    """Of one sample, of three, or of all: the same noise, the same gradient up to rounding."""
+    """Of one (sample, time) pair, of five, or of a prompt's twelve: the same noise, the same
+    gradient up to rounding. The micro-batch of the update is not that of the rollout."""
     gradient, _ = updated()
-    for size in (1, 8):
-        other, _ = updated(micro_batch=size)
+    for size in (1, 5):
+        other, _ = updated(train_micro_batch=size)
         assert (other - gradient).norm() < 1e-4 * gradient.norm()
 
 
@@ -625,7 +638,8 @@ def test_the_ema_policy_is_evaluated_from_noise_that_no_seed_changes(world, naiv
         noises.append(torch.cat([x_t for x_t, t, _, _ in calls if t[0] == 1]))
         texts = torch.cat([text.embeds for _, t, text, _ in calls if t[0] == 1])
         rows = [i for i in range(n) for _ in range(2)]
-        assert torch.equal(texts, run.held_out.text.take(rows).embeds)
+        expected = run.model.encode(run.held_out.prompts).take(rows)
+        assert torch.equal(texts, expected.embeds)
         assert scores["weighted_sum"] == [2 * i + 0.5 for i in range(n)]
     assert torch.equal(*noises) and len({tuple(x.flatten().tolist()) for x in noises[0]}) == 2 * n
 

@@ -1,6 +1,7 @@
 """The models: the same numbers as diffusers' own pipelines; loading, LoRA and policies."""
 
 import copy
+import inspect
 import json
 import os
 import shutil
@@ -30,8 +31,8 @@ from support.world import TRAIN_PROMPTS, draw
 
 @pytest.mark.parametrize("solver", models.SOLVERS)
 def test_sample_gives_what_the_pipeline_gives(model, solver, monkeypatch):
-    """Bit for bit in float32, from the same prompt, noise and scheduler, the pipeline told nothing
-    else than the size, the steps and no guidance."""
+    """Bit for bit in float32, from the same prompt, noise and scheduler, the pipeline told what
+    the model card says: size, steps, no guidance and, for SANA's Euler solver, the times."""
     monkeypatch.setattr(model, "solver", solver)
     prompt, pipe = "a large plain red circle in the middle", model.pipe
     noise = initial_noise([1, 2], model.latent_shape)
@@ -42,6 +43,8 @@ def test_sample_gives_what_the_pipeline_gives(model, solver, monkeypatch):
     options = dict(height=32, width=32, guidance_scale=1.0, num_inference_steps=10)
     if isinstance(model, models.Sana):
         options |= dict(use_resolution_binning=False)
+        if solver == "euler":
+            options |= dict(sigmas=np.linspace(1, 0.1, 10))
         # The model pads to its longest prompt; the pipeline pads to 300 and masks it.
         embeds, mask, _ = model.encode([prompt])
         options |= dict(prompt_embeds=embeds, prompt_attention_mask=mask)
@@ -56,9 +59,10 @@ def test_sample_gives_what_the_pipeline_gives(model, solver, monkeypatch):
 
 
 def stock_scheduler(pipe, solver):
-    """What the documentation of diffusers says to write to change a pipeline's scheduler."""
+    """What the documentation of diffusers says to write to change a pipeline's scheduler. SANA's
+    Euler solver has no shift, as in the authors' code."""
     if solver == "euler":
-        shift = pipe.scheduler.config.get("shift", pipe.scheduler.config.get("flow_shift"))
+        shift = pipe.scheduler.config.get("shift", 1.0)
         return FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, shift=shift)
     shift = pipe.scheduler.config.get("flow_shift", pipe.scheduler.config.get("shift"))
     return DPMSolverMultistepScheduler.from_config(
@@ -69,11 +73,22 @@ def stock_scheduler(pipe, solver):
     )
 
 
-def test_prompts_are_encoded_as_the_pipeline_encodes_them(model):
+def test_sana_is_sampled_at_times_without_a_shift(sana, monkeypatch):
+    """The authors' linspace(1, 0, n + 1) without its last, whatever shift is published."""
+    monkeypatch.setattr(sana.pipe, "scheduler", FlowMatchEulerDiscreteScheduler(shift=3.0))
+    expected = [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]
+    assert sampling_times(sana, 10).tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("as_the_pipeline", [False, True])
+def test_prompts_are_encoded_as_the_pipeline_encodes_them(model, as_the_pipeline, monkeypatch):
+    """For SANA without the instruction that its pipeline adds, unless --pipeline_text is given."""
+    monkeypatch.setattr(model, "pipeline_text", as_the_pipeline)
     prompts = ["a large plain red circle in the middle", "a small plain red ring"]
     ours, pipe = model.encode(prompts), model.pipe
     if isinstance(model, models.Sana):  # which pads to its longest prompt, the pipeline to 300
-        how = dict(complex_human_instruction=model.instruction, max_sequence_length=300)
+        instruction = model.instruction if as_the_pipeline else None
+        how = dict(complex_human_instruction=instruction, max_sequence_length=300)
         embeds, mask, _, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False, **how)
         assert mask.sum(dim=1).tolist() == ours.mask.sum(dim=1).tolist()
         for i in range(2):
@@ -90,6 +105,47 @@ def test_prompts_are_encoded_as_the_pipeline_encodes_them(model):
     assert torch.equal(embeds, ours.embeds) and torch.equal(pooled, ours.pooled)
 
 
+@pytest.mark.parametrize(
+    "name, last_tokenizer, tokens, pipelines_tokens",
+    [
+        ("sana", "tokenizer", 300, 300),
+        ("flux", "tokenizer_2", 128, 512),
+        ("sd3", "tokenizer_3", 128, 256),
+    ],
+)
+def test_prompts_have_as_many_tokens_as_the_authors_or_the_pipelines(
+    name, last_tokenizer, tokens, pipelines_tokens, world, monkeypatch
+):
+    """Told to the pipeline's encode_prompt, and by the model card to its user."""
+    model = load(world, name)
+    monkeypatch.setattr(getattr(model.pipe, last_tokenizer), "model_max_length", 10_000)
+    call = inspect.signature(model.pipeline.__call__).parameters
+    assert call["max_sequence_length"].default == pipelines_tokens
+    for pipeline_text, expected in ((False, tokens), (True, pipelines_tokens)):
+        monkeypatch.setattr(model, "pipeline_text", pipeline_text)
+        assert model.token_limit(last_tokenizer) == expected
+        if name == "sana":
+            said = model.call(10).get("complex_human_instruction", "the pipeline's own")
+            assert said == ("the pipeline's own" if pipeline_text else None)
+        else:
+            assert model.call(10)["max_sequence_length"] == expected
+            assert model.encode(["a red ring"]).embeds.shape[1] in (expected, expected + 16)
+
+
+def test_with_low_memory_text_encoders_are_on_the_device_only_while_they_encode(sana, monkeypatch):
+    """The device is played by "meta" in what is recorded: where the encoder is sent, and when."""
+    sent, encode_batch = [], sana.encode_batch
+    monkeypatch.setattr(sana.pipe.text_encoder, "to", lambda device: sent.append(str(device)))
+    monkeypatch.setattr(
+        sana, "encode_batch", lambda *of: [sent.append("encodes"), encode_batch(*of)][1]
+    )
+    sana.encode(["a red ring"])
+    assert sent == ["cpu", "encodes"]  # the transformer's device, where it stays
+    monkeypatch.setattr(sana, "low_memory", True)
+    sana.encode(["a red ring"])
+    assert sent[2:] == ["cpu", "encodes", "cpu"]
+
+
 @pytest.mark.parametrize("at_once", [1, 3 * 32 * 32])
 def test_images_are_the_pipelines_whatever_is_decoded_at_once(model, at_once, monkeypatch):
     """From noise to pixels, by the pipeline's own decoding."""
@@ -98,7 +154,7 @@ def test_images_are_the_pipelines_whatever_is_decoded_at_once(model, at_once, mo
     x_0 = sample(model, model.transformer, text.take([0] * 4), noise, 2)
     how = dict(height=32, width=32, guidance_scale=1.0, num_inference_steps=2, output_type="pt")
     if isinstance(model, models.Sana):
-        how |= dict(use_resolution_binning=False)
+        how |= dict(use_resolution_binning=False, sigmas=[1.0, 0.5], complex_human_instruction=None)
     else:
         how |= dict(max_sequence_length=16)
     if isinstance(model, models.Flux):
@@ -183,6 +239,7 @@ def test_a_stock_pipeline_draws_the_prompt(sana):
         height=32,
         width=32,
         use_resolution_binning=False,
+        complex_human_instruction=None,
         generator=torch.Generator().manual_seed(0),
         output_type="np",
     ).images

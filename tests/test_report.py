@@ -168,7 +168,7 @@ def test_only_the_first_process_writes_but_all_know_what_is_evaluated(tmp_path, 
 def candidates(seeds, rewards):
     """One-pixel latents that show their seed."""
     latents = torch.tensor(seeds).reshape(-1, 1, 1, 1) / 16
-    return Candidates(0, seeds, latents, {"weighted_sum": torch.tensor(rewards)})
+    return Candidates(0, None, seeds, latents, {"weighted_sum": torch.tensor(rewards)})
 
 
 def decode(latents):
@@ -235,7 +235,7 @@ def model(variant=None):
         published="black-forest-labs/FLUX.1-dev",
         variant=variant,
         scheduler=lambda steps: FlowMatchEulerDiscreteScheduler(shift=steps),
-        call=lambda: {"max_sequence_length": 16},
+        call=lambda steps: {"sigmas": f"[1.0] * {steps}", "max_sequence_length": 16},
     )
 
 
@@ -265,6 +265,7 @@ def test_the_model_card_tells_how_to_draw_with_the_lora(pretrained, variant, bas
     assert "from diffusers import FluxPipeline, FlowMatchEulerDiscreteScheduler" in code
     assert f"base = {load}\n" in code
     assert ('variant="bf16"' in code) == (variant is not None and pretrained == "published")
-    assert "num_inference_steps=28, height=512, width=512, max_sequence_length=16)" in code
+    call = "num_inference_steps=28, height=512, width=512, sigmas=[1.0] * 28, max_sequence_length"
+    assert f"{call}=16)" in code
     loaded = FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path / "lora")
     assert loaded.config.shift == 10  # the one of the rollout's steps

@@ -14,7 +14,7 @@ import torch
 from conftest import PROJECT, error_line
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from originals import snapshot
 from PIL import Image
@@ -56,15 +56,6 @@ def test_a_function_in_a_file_is_a_reward(mine):
 def test_weights_sum_raw_scores_and_metadata_arrives(mine):
     reward = build_reward(f"{mine}:red:0.5,{mine}:index:2")
     assert reward(IMAGES, ["a", "b"], [{"i": 3}, {"i": 4}]).tolist() == [6, 8.5]
-
-
-def test_z_scored_parts_count_by_their_weights_whatever_their_scales(mine):
-    reward = build_reward(f"{mine}:red,{mine}:index:-3")
-    scores = {"mine.py:red": torch.tensor([0.0, 2.0]), "mine.py:index": torch.tensor([0.0, 2e4])}
-    z = [-1 + 3, 1 - 3]  # each part's own are -1 and 1
-    assert torch.allclose(reward.z_scored_sum(scores), torch.tensor(z).float(), atol=1e-3)
-    equal = {name: torch.full((2,), 0.5) for name in scores}
-    assert reward.z_scored_sum(equal).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize(
@@ -157,6 +148,7 @@ def test_clipscore_does_not_depend_on_the_batch(clipscore):
 
 
 @given(h=st.integers(1, 90), w=st.integers(1, 90), side=st.integers(1, 60), seed=st.integers(0, 99))
+@example(h=112, w=150, side=224, seed=0)  # many values lie halfway between two 8-bit values
 @settings(max_examples=60, deadline=None)
 def test_resize_and_crop_is_pillows_to_the_last_bit(h, w, side, seed):
     pixels = np.random.RandomState(seed).randint(0, 256, (h, w, 3), dtype=np.uint8)
@@ -168,6 +160,13 @@ def test_resize_and_crop_is_pillows_to_the_last_bit(h, w, side, seed):
     expected = np.asarray(whole.crop((left, top, left + side, top + side)))
     ours = preference.resize_and_crop(tensor(pixels), side, int)[0].permute(1, 2, 0)
     assert np.array_equal(ours.numpy(), expected)
+
+
+@pytest.mark.parametrize("preprocess", [preference.clip_pixels, preference.square_pixels])
+def test_images_stay_on_their_device(preprocess):
+    """A tensor on the device "meta" has no values; to copy it to the CPU is an error."""
+    pixels = preprocess(torch.empty(2, 3, 48, 81, device="meta"), 32)
+    assert pixels.shape == (2, 3, 32, 32) and pixels.device.type == "meta"
 
 
 def test_hpsv2_sees_the_whole_picture_between_black_bars():

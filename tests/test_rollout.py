@@ -14,7 +14,7 @@ from rollout import (
     draw,
     draw_and_score,
     initial_noise,
-    make_explorer,
+    make_copy,
     sample,
     sampling_times,
     sync,
@@ -74,8 +74,9 @@ def test_sampling_times_fall_from_noise():
 def test_candidates_are_taken_with_all_that_belongs_to_them_in_the_order_asked_for():
     latents = torch.arange(4.0).reshape(4, 1, 1, 1)
     scores = {"mine": torch.arange(4.0) + 10, "weighted_sum": torch.arange(4.0) + 20}
-    taken = Candidates(7, [100, 101, 102, 103], latents, scores).take([3, 0, 2])
-    assert (taken.prompt, taken.seeds) == (7, [103, 100, 102])
+    text = models.Text(torch.ones(1, 2, 3))
+    taken = Candidates(7, text, [100, 101, 102, 103], latents, scores).take([3, 0, 2])
+    assert (taken.prompt, taken.text, taken.seeds) == (7, text, [103, 100, 102])
     assert taken.latents.flatten().tolist() == [3, 0, 2]
     assert taken.scores["mine"].tolist() == [13, 10, 12]
     assert taken.rewards.tolist() == [23, 20, 22]
@@ -112,7 +113,7 @@ def test_row_scaled_nvfp4_makes_an_image_independent_of_its_micro_batch(world):
     model, seeds = models.load("flux", world / "flux", 32), candidate_seeds(0, 0, 0, 24)
     text, change = model.encode([PROMPT]), {}
     for precision in ("nvfp4", "nvfp4_row"):
-        explorer, _ = make_explorer(model, precision, model.keep_bf16)
+        explorer, _ = make_copy(model, precision, model.keep_bf16)
         whole, *parts = (
             draw(model, explorer, text, part, 6)[0]
             for part in (seeds, seeds[:8], seeds[8:16], seeds[16:])
@@ -123,9 +124,9 @@ def test_row_scaled_nvfp4_makes_an_image_independent_of_its_micro_batch(world):
 
 
 @pytest.mark.parametrize("name", MODEL_NAMES)
-def test_the_explorer_is_a_copy_of_the_base_and_merged_with_a_policy_it_is_that_policy(name, world):
+def test_a_copy_is_the_base_and_synced_with_a_policy_it_is_that_policy(name, world):
     model = load(world, name)
-    explorer, _ = make_explorer(model, "bf16")
+    merged, _ = make_copy(model, "bf16")
     models.add_lora(model, 4, 8)
     transformer = model.transformer
     for p in models.lora_parameters(transformer, "default"):
@@ -138,17 +139,26 @@ def test_the_explorer_is_a_copy_of_the_base_and_merged_with_a_policy_it_is_that_
         with torch.no_grad(), models.policy(transformer, adapter):
             return model.velocity(network, x, t, text)
 
-    assert torch.allclose(velocity(transformer, "base"), velocity(explorer), atol=1e-6)
+    assert torch.allclose(velocity(transformer, "base"), velocity(merged), atol=1e-6)
+    base = {name: p.clone() for name, p in transformer.named_parameters() if "lora" not in name}
     for adapter in ("old", "default"):
-        sync(explorer, transformer, adapter)
-        assert torch.allclose(velocity(explorer), velocity(transformer, adapter), atol=1e-4)
+        sync(merged, transformer, adapter)
+        assert torch.allclose(velocity(merged), velocity(transformer, adapter), atol=1e-4)
+    for name, p in transformer.named_parameters():
+        assert "lora" in name or torch.equal(p, base[name])
+
+    # It has no LoRA layers, and memory of its own for the weights alone that LoRA adapts.
+    own = {p.data_ptr() for p in merged.parameters()}
+    own -= {p.data_ptr() for p in transformer.parameters()}
+    assert len(own) == len(models.lora_layers(transformer)) > 0
+    assert not models.lora_layers(merged)
 
 
 @pytest.mark.parametrize("name, quantized", [("sana", 28), ("flux", 41), ("sd3", 30)])
 def test_the_explorer_ranks_like_the_policy(world, name, quantized):
     model = models.load(name, world / name, 32)
     reward = build_reward("clipscore", clip=world / "clip")
-    explorer, rows = make_explorer(model, "nvfp4", model.keep_bf16)
+    explorer, rows = make_copy(model, "nvfp4", model.keep_bf16)
     assert [outcome for *_, outcome in rows].count("nvfp4") == quantized
     text, rewards = model.encode([PROMPT]), {}
     for which, network, steps in (("proxy", explorer, 6), ("truth", model.transformer, 10)):

@@ -33,7 +33,10 @@ def test_the_other_rules():
     chosen = selection.random_subset(REWARDS, 3, seed=1)
     assert len(set(chosen)) == 3 and chosen == selection.random_subset(REWARDS, 3, seed=1)
     mixed = selection.extremes_random(REWARDS, 4)
-    assert mixed[:2] == [1, 4] and len(set(mixed)) == 4
+    assert mixed[:2] == [1, 4] and len(set(mixed)) == 4  # one highest, one lowest, random ones
+    mixed = selection.extremes_random(list(range(100)), 24)
+    assert mixed[:2] == [99, 0] and len(set(mixed)) == 24
+    assert sorted(mixed)[1:-1] != [*range(1, 12), *range(88, 99)]  # as best_worst would
 
 
 def test_the_rules_have_the_names_that_the_command_line_takes():
