@@ -175,13 +175,15 @@ def _scale_blocks(tiles, four_over_six, row_scaled):
 def _block_scales(block_amax, amax, scale_max=E4M3_MAX, on_four=None):
     """(s of each block as float32, its multiplier 1 / d). on_four: None for plain NVFP4; for
     four-over-six, whether the block's largest element becomes code 4 instead of 6."""
-    # torch.div of two tensors is a true division; `number / tensor` multiplies by a reciprocal.
+    # On a GPU only torch.div of two tensors is a true division: a tensor divided by a number is
+    # multiplied by its reciprocal, and a number divided by a tensor by that of the tensor.
     s_enc = torch.div(torch.full_like(amax, E2M1_MAX * scale_max), amax).clamp(max=FLT_MAX)
     s_enc = torch.where(amax == 0, 1.0, s_enc)
     if on_four is None:
         scales = block_amax * (s_enc * (1 / E2M1_MAX))
     else:
-        scales = block_amax / E2M1_MAX * s_enc * (1.5 if on_four else 1.0)
+        sixth = torch.div(block_amax, torch.full_like(block_amax, E2M1_MAX))
+        scales = sixth * s_enc * (1.5 if on_four else 1.0)
     scales = scales.clamp(max=E4M3_MAX).to(torch.float8_e4m3fn).float()
     return scales, (scales * s_enc.reciprocal()).reciprocal().clamp(max=FLT_MAX)
 

@@ -163,11 +163,10 @@ def iteration(run, step):
 
     # Sync: the copies that draw get the weights of the old policy, merged with its LoRA; the
     # explorer's are quantized.
-    with run.clock("sync"):
+    prompts = run.prompts_of(step)
+    with run.clock("prepare"):
         for merged in run.copies.values():
             rollout.sync(merged, transformer, "old")
-    prompts = run.prompts_of(step)
-    with run.clock("encode"):
         texts = run.model.encode([run.train.prompts[prompt] for prompt in prompts])
 
     drawn = []
@@ -278,9 +277,10 @@ def training_pairs(config, model, step):
     seeds = torch.tensor(seeds).reshape(num_samples, n)
     for prompt in distributed.mine(range(c.prompts_per_step)):
         of_prompt = slice(prompt * c.keep, (prompt + 1) * c.keep)
-        rows, t = torch.arange(c.keep).repeat_interleave(n), times[chosen[of_prompt]].flatten()
-        parts = (part.split(c.train_micro_batch) for part in (rows, t, seeds[of_prompt].flatten()))
-        yield [(i, of_i, noise_seeds.tolist()) for i, of_i, noise_seeds in zip(*parts)]
+        rows = torch.arange(c.keep).repeat_interleave(n)
+        pairs = rows, times[chosen[of_prompt]].flatten(), seeds[of_prompt].flatten()
+        micro_batches = zip(*(part.split(c.train_micro_batch) for part in pairs))
+        yield [(i, t, noise_seeds.tolist()) for i, t, noise_seeds in micro_batches]
 
 
 def evaluate(run):

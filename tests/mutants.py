@@ -32,14 +32,15 @@ class Mistake(NamedTuple):
 
 POOL = """            with models.policy(transformer, "old"):
                 candidates ="""
-V_OLD = """            with torch.no_grad(), models.policy(transformer, "old"):
-                v_old"""
-V_REF = """            with torch.no_grad(), models.policy(transformer, "base"):
-                v_ref"""
+V_OLD = """    with torch.no_grad(), models.policy(transformer, "old"):
+        v_old"""
+V_REF = """    with torch.no_grad(), models.policy(transformer, "base"):
+        v_ref"""
 STEP_AND_FOLLOW = """        metrics = update(run, samples, step)
-        models.follow(transformer, "old", eta=min(0.001 * (step + 1), 0.5))
+        s = step + 1  # the paper counts from 1
+        models.follow(transformer, "old", eta=min(0.001 * s, 0.5))
 """
-FOLLOW_FIRST = "\n".join(reversed(STEP_AND_FOLLOW.rstrip("\n").split("\n"))) + "\n"
+FOLLOW_FIRST = "".join(STEP_AND_FOLLOW.splitlines(keepends=True)[i] for i in (1, 2, 0))
 SCORES = "scores = distributed.gather([candidates.scores for candidates in samples])"
 TIMES = "torch.rand(num_samples, len(times), generator=generator).argsort(dim=1)"
 CLIP = (
@@ -63,27 +64,35 @@ MISTAKES = [
     Mistake(
         "old policy follows before the optimizer step", "train.py", STEP_AND_FOLLOW, FOLLOW_FIRST
     ),
-    Mistake("eta of the iteration before", "train.py", "0.001 * (step + 1)", "0.001 * step"),
+    Mistake("eta of the iteration before", "train.py", "min(0.001 * s,", "min(0.001 * step,"),
+    Mistake("eta without its cap", "train.py", "min(0.001 * s, 0.5)", "0.001 * s"),
     Mistake(
-        "eta without its cap", "train.py", "min(0.001 * (step + 1), 0.5)", "0.001 * (step + 1)"
+        "EMA without warm-up", "train.py", "min((1 + s) / (10 + s), c.ema_decay)", "c.ema_decay"
+    ),
+    Mistake("EMA of the iteration before", "train.py", "(1 + s) / (10 + s)", "s / (9 + s)"),
+    Mistake(
+        "EMA without the cap of its decay",
+        "train.py",
+        "min((1 + s) / (10 + s), c.ema_decay)",
+        "(1 + s) / (10 + s)",
     ),
     Mistake(
-        "explorer given the policy's weights",
+        "copies given the policy's weights",
         "train.py",
-        'sync(explorer, transformer, "old")',
-        'sync(explorer, transformer, "default")',
+        'sync(merged, transformer, "old")',
+        'sync(merged, transformer, "default")',
     ),
     Mistake(
-        "explorer synced in the first iteration only",
+        "copies synced in the first iteration only",
         "train.py",
-        "for explorer in run.explorers.values():",
-        "for explorer in run.explorers.values() if step == 0 else ():",
+        "for merged in run.copies.values():",
+        "for merged in run.copies.values() if step == 0 else ():",
     ),
     Mistake(
         "regenerating with the explorer",
         "train.py",
-        "run.networks[stage.precision]",
-        "next(iter(run.explorers.values()), transformer)",
+        "self.networks[stage.precision], self",
+        "list(self.networks.values())[-1], self",
     ),
     Mistake(
         "regenerating with explore_steps",
@@ -163,7 +172,12 @@ MISTAKES = [
         "selection.RULES[c.select]",
         "selection.mean_deviation",
     ),
-    Mistake("policy never follows into the EMA", "train.py", "eta=c.ema_decay", "eta=1.0"),
+    Mistake(
+        "policy never follows into the EMA",
+        "train.py",
+        "eta=min((1 + s) / (10 + s), c.ema_decay)",
+        "eta=1.0",
+    ),
     # advantages
     Mistake(
         "mean over all prompts",
@@ -189,14 +203,14 @@ MISTAKES = [
     Mistake(
         "noise shared by all times of a sample",
         "train.py",
-        "noise_seeds[i, j].tolist()",
-        "noise_seeds[i, 0].tolist()",
+        "seeds[of_prompt].flatten()",
+        "seeds[of_prompt, :1].expand(-1, n).flatten()",
     ),
     Mistake(
         "noise shared by all samples",
         "train.py",
-        "noise_seeds[i, j].tolist()",
-        "noise_seeds[0 * i, j].tolist()",
+        "seeds[of_prompt].flatten()",
+        "seeds[:1].expand(c.keep, -1).flatten()",
     ),
     Mistake(
         "the same noise at each step",
@@ -251,8 +265,8 @@ MISTAKES = [
     Mistake(
         "another prompt's text",
         "train.py",
-        "run.train.text.take([candidates.prompt] * len(rows))",
-        "run.train.text.take([samples[0].prompt] * len(rows))",
+        "c, model, candidates.text, x_0",
+        "c, model, samples[0].text, x_0",
     ),
     Mistake(
         "another prompt's advantages",
@@ -276,8 +290,8 @@ MISTAKES = [
     Mistake(
         "all times of one sample with the first time's t",
         "train.py",
-        "(i, t[i, j],",
-        "(i, t[i, 0],",
+        "times[chosen[of_prompt]].flatten()",
+        "times[chosen[of_prompt, :1].expand(-1, n)].flatten()",
     ),
     # loss
     Mistake("the weight w not detached", "train.py", "error.detach().abs()", "error.abs()"),
@@ -315,7 +329,7 @@ MISTAKES = [
         "            p.data = p.data.float().clone()",
         MODELS,
     ),
-    Mistake("alpha is the rank", "train.py", "alpha=2 * c.lora_rank", "alpha=c.lora_rank"),
+    Mistake("alpha is the rank", "train.py", "2 * c.lora_rank", "c.lora_rank"),
     Mistake(
         "follow the wrong way",
         "support/models.py",
@@ -356,8 +370,58 @@ MISTAKES = [
     Mistake(
         "evaluation draws training prompts",
         "train.py",
-        "run.held_out.text.take(batch_rows)",
-        "run.train.text.take(batch_rows)",
+        "run.model.encode(run.held_out.prompts)",
+        "run.model.encode(run.train.prompts)",
+    ),
+    Mistake(
+        "evaluation of the old policy",
+        "train.py",
+        'rollout.sync(run.copies["bf16"], transformer, "ema")',
+        "pass",
+    ),
+    Mistake(
+        "evaluation leaves its weights in the copy that regenerates",
+        "train.py",
+        "for merged in run.copies.values():",
+        "for merged in list(run.copies.values())[1:]:",
+    ),
+    Mistake(
+        "a copy writes into the base model's weights",
+        "rollout.py",
+        "        elif copied_layer.weight is base:\n"
+        "            copied_layer.weight = torch.nn.Parameter(weight, requires_grad=False)\n",
+        "",
+        MODELS,
+    ),
+    Mistake(
+        "SANA's times with the published shift", "support/models.py", "shift=1.0, ", "", MODELS
+    ),
+    Mistake(
+        "SANA's prompts with the pipeline's instruction",
+        "support/models.py",
+        "self.instruction if self.pipeline_text else None",
+        "self.instruction",
+        MODELS,
+    ),
+    Mistake(
+        "as many T5 tokens as the pipeline",
+        "support/models.py",
+        '"tokenizer_2": 128}',
+        '"tokenizer_2": 512}',
+        MODELS,
+    ),
+    Mistake(
+        "a LoRA to start from reaches one policy only",
+        "support/models.py",
+        "p.data = value.data.float().clone()",
+        "p.data = p.data.float()",
+        RUNS,
+    ),
+    Mistake(
+        "the micro-batch of the rollout in the update",
+        "train.py",
+        "part.split(c.train_micro_batch)",
+        "part.split(c.micro_batch)",
     ),
     Mistake(
         "evaluation scored with training prompts",
@@ -439,13 +503,6 @@ MISTAKES = [
         RUNS,
     ),
     Mistake(
-        "advantages from raw and not from z-scored rewards",
-        "train.py",
-        "group_advantages(run.combined_reward(rewards),",
-        'group_advantages(rewards["weighted_sum"],',
-        RUNS,
-    ),
-    Mistake(
         "proxy's ranks are those of the last stage",
         "train.py",
         "kept[0].rewards_of(kept[-1].seeds)",
@@ -469,8 +526,8 @@ MISTAKES = [
     Mistake(
         "a resumed run begins one step later",
         "train.py",
-        "            done = c.checkpoint.step\n",
-        "            done = c.checkpoint.step + 1\n",
+        "done, c.checkpoint = c.checkpoint.step, None",
+        "done, c.checkpoint = c.checkpoint.step + 1, None",
         RESUMED,
     ),
     Mistake(

@@ -191,14 +191,15 @@ POOLS["diffusionnft"] = REWARDS
 
 @pytest.fixture(scope="module")
 def recordings(world):
-    """{algorithm: (run, its recorded iterations STEP and STEP + 1)}, made when asked for."""
+    """(A run of an algorithm, its recorded iterations STEP and STEP + 1), made when asked for."""
     made = {}
 
-    def get(algorithm):
-        if algorithm not in made:
-            run = prepared(world, algorithm=algorithm)
-            made[algorithm] = run, [iterate(run, STEP + i, POOLS[algorithm]) for i in range(2)]
-        return made[algorithm]
+    def get(algorithm, *options):
+        key = algorithm, *options
+        if key not in made:
+            run = prepared(world, algorithm, options)
+            made[key] = run, [iterate(run, STEP + i, POOLS[algorithm]) for i in range(2)]
+        return made[key]
 
     return get
 
@@ -265,9 +266,12 @@ def policies(seen, naive):
         ("diffusionnft", [(False, 4, 5)]),
     ],
 )
-def test_the_old_policy_draws_what_the_algorithm_says(algorithm, stages, recordings, naive):
-    """In both iterations: the explorer is given the old policy's weights at each."""
-    run, iterations = recordings(algorithm)
+@pytest.mark.parametrize("memory", ["--no-low_memory", "--low_memory"])
+def test_the_old_policy_draws_what_the_algorithm_says(algorithm, stages, memory, recordings, naive):
+    """In both iterations: the copies are given the old policy's weights at each. With --low_memory
+    there is no BF16 copy."""
+    run, iterations = recordings(algorithm, memory)
+    assert ("bf16" in run.copies) == (memory == "--no-low_memory")
     for seen in iterations:
         drawn = rollouts(run, seen, naive)
         rows = run.prompts_of(seen.step)
@@ -279,7 +283,7 @@ def test_the_old_policy_draws_what_the_algorithm_says(algorithm, stages, recordi
 
 
 def test_the_kept_seeds_are_drawn_again_from_the_same_noise_in_the_same_order(recordings, naive):
-    run, iterations = recordings("sol_rl")
+    run, iterations = recordings("sol_rl", "--no-low_memory")
     for seen in iterations:
         drawn = rollouts(run, seen, naive)
         for explored, regenerated, kept in zip(drawn[0::2], drawn[1::2], KEPT):
@@ -623,8 +627,8 @@ def test_the_ema_policy_is_evaluated_from_noise_that_no_seed_changes(world, naiv
     """Two images of each held-out prompt, each from its own noise, with its prompt's text, at
     eval_steps steps; the reward of a prompt is the mean of its two."""
     noises = []
-    for seed in ("0", "1"):
-        run = prepared(world, options=["--seed", seed, "--micro_batch", "5"])
+    for seed, memory in (("0", "--no-low_memory"), ("1", "--low_memory")):
+        run = prepared(world, options=["--seed", seed, "--micro_batch", "5", memory])
         scripted(run, [range(100)])
         calls, scores = evaluated(run)
         n = len(run.held_out.prompts)
