@@ -429,9 +429,13 @@ def parse_options(argv=None):
 
 
 def train(config):
-    """The whole run. A step in which a signal stops the run, or NaN is found, is thrown away; a
+    """The whole run, or with --dry_run what it would need. A step in which a signal stops the run, or NaN is found, is thrown away; a
     resumed run draws it again."""
     c = config
+    if c.dry_run:
+        from support import dry_run  # here, because it changes PyTorch
+
+        return dry_run.report(c, rollout, pairs_loss)
     c.output_dir = distributed.gather([c.output_dir])[0]  # its default holds the time
     if c.device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")  # TF32

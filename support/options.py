@@ -206,7 +206,8 @@ def check_values(c, choices):
         low, high = RANGES.get(name) or RANGES.get(field.type) or (value, value)
         require(low <= value <= high, f"--{name} {value}: must be from {low} to {high}")
     require(c.keep % 2 == 0, f"--keep {c.keep}: must be even, half best and half worst")
-    require(c.prompts or not c.pretrained, "--pretrained: needs --prompts FILE as well")
+    needs_prompts = c.pretrained and not c.dry_run
+    require(c.prompts or not needs_prompts, "--pretrained: needs --prompts FILE as well")
     done = c.checkpoint.step if c.checkpoint else 0
     require(done <= c.steps, f"--steps {c.steps}: the run has done {done} already; give more")
 

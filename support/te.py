@@ -116,10 +116,11 @@ class TEMatmul(nn.Module):
             self.linear.bias.data.copy_(bias)
         self.set_weight(weight)
 
-    @torch.no_grad()
     def set_weight(self, weight):
-        """weight (out, in). The next call of `forward` quantizes it; later ones use the result."""
-        self.linear.weight.data.copy_(weight)
+        """weight (out, in), of which te.Linear keeps this tensor and no copy: a layer that LoRA does
+        not adapt shares it with the transformer. The next call of `forward` quantizes it; later
+        ones use the result."""
+        self.linear.weight.data = weight.detach().to(torch.bfloat16)
         self.weight_changed = True
 
     @torch.no_grad()
