@@ -73,7 +73,7 @@ E2M1_MAX, E4M3_MAX, E4M3_MAX_FOUR_OVER_SIX = 6.0, 448.0, 256.0
 FLT_MAX = torch.finfo(torch.float32).max
 # Elements that eager mode quantizes at a time. On a CPU they stay in the L2 cache; on a GPU, where
 # each piece launches kernels of its own, the limit only keeps the float32 copies small.
-CPU_PIECE, GPU_PIECE = 1 << 16, 1 << 26
+CPU_PIECE, GPU_PIECE = 1 << 17, 1 << 26
 
 
 # ---------------------------------------------------------------------------------------------
@@ -227,8 +227,8 @@ def _fake_quantize(x, block, four_over_six, row_scaled, dtype, decode):
     values = torch.empty(tiles.shape, dtype=dtype, device=x.device)
     for i in range(0, len(tiles), rows):
         piece = slice(i, i + rows)
-        y = (tiles[piece].float() * multiplier[piece]).clamp_(-E2M1_MAX, E2M1_MAX)
-        values[piece] = _round_e2m1(y).mul_(scales[piece])
+        y = tiles[piece].to(torch.float32, copy=True).mul_(multiplier[piece])
+        values[piece] = _round_e2m1(y.clamp_(-E2M1_MAX, E2M1_MAX)).mul_(scales[piece])
     return _untile(values, x.shape), unit.reshape(-1, 1) if row_scaled else unit
 
 
@@ -244,13 +244,13 @@ def _block_amax(tiles):
 
 
 def _round_e2m1(y):
-    """|y| <= 6, float32, to the nearest E2M1 value, ties to even.
+    """Round |y| <= 6, float32, in place to the nearest E2M1 value, ties to even.
 
     Let p be the power of two in (|y| / 2, |y|], at least 1: codes near y are p / 2 apart. Float32
     numbers near 1.5 * 2^22 * p are p / 2 apart too, so adding and subtracting that rounds y.
     """
-    p = (y.view(torch.int32) & 0x7F800000).view(torch.float32).clamp(min=1.0)
-    return torch.add(y, p, alpha=1.5 * 2**22).sub_(p, alpha=1.5 * 2**22)
+    p = (y.view(torch.int32) & 0x7F800000).view(torch.float32).clamp_(min=1.0)
+    return y.add_(p, alpha=1.5 * 2**22).sub_(p, alpha=1.5 * 2**22)
 
 
 # ---------------------------------------------------------------------------------------------

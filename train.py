@@ -220,11 +220,12 @@ def update(run, samples, step):
         for rows, t, seeds in pairs:  # a micro-batch of (sample, time) pairs, each with fresh noise
             noise = rollout.initial_noise(seeds, model.latent_shape).to(c.device)
             x_0, advantages = candidates.latents[rows], candidates.advantages[rows].to(c.device)
-            loss, values = pairs_loss(
-                c, model, candidates.text, x_0, noise, t.to(c.device), advantages
-            )
             share = len(rows) / (num_samples * num_timesteps(c))
-            (loss * share).backward()
+            with models.attention_for_training(c.device):
+                loss, values = pairs_loss(
+                    c, model, candidates.text, x_0, noise, t.to(c.device), advantages
+                )
+                (loss * share).backward()
             norm = torch.nn.utils.get_total_norm([p.grad for p in policy])
             run.guard("update", [prompt], seeds, loss=loss[None], gradient=norm[None])
             for name, value in values.items():

@@ -24,6 +24,7 @@ import transformers
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from support import world
 from support.errors import InputError, one_line, require, written_whole
@@ -333,6 +334,14 @@ def check_pretrained(name, folder):
     advice = f"try --model {fitting[0]}" if fitting else "no --model here is"
     require(name in fitting, f"{prefix} is a {pipeline}, not --model {name}; {advice}")
     return parts
+
+
+def attention_for_training(device):
+    """A context in which attention is fast with gradients. On a CPU the backward pass of PyTorch's
+    fused kernel takes longer than that of plain matmuls, which need more memory."""
+    if device == "cpu":
+        return sdpa_kernel(SDPBackend.MATH)
+    return contextlib.nullcontext()
 
 
 # LoRA: three adapters on one frozen base model. "default" is the policy, which is trained; "old" is
