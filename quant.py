@@ -221,12 +221,13 @@ def _fake_quantize(x, block, four_over_six, row_scaled, dtype, decode):
     unit = amax / (E2M1_MAX * scale_max)
     if decode:
         scales = scales * unit
-    rows = max(1, (CPU_PIECE if x.device.type == "cpu" else GPU_PIECE) // tiles[0].numel())
-    if torch.compiler.is_compiling():  # the compiler makes one pass of it anyway
-        rows = len(tiles)
+    if torch.compiler.is_compiling():  # the compiler makes one pass of it, for any number of rows
+        pieces = [slice(None)]
+    else:
+        rows = max(1, (CPU_PIECE if x.device.type == "cpu" else GPU_PIECE) // tiles[0].numel())
+        pieces = [slice(i, i + rows) for i in range(0, len(tiles), rows)]
     values = torch.empty(tiles.shape, dtype=dtype, device=x.device)
-    for i in range(0, len(tiles), rows):
-        piece = slice(i, i + rows)
+    for piece in pieces:
         y = tiles[piece].to(torch.float32, copy=True).mul_(multiplier[piece])
         values[piece] = _round_e2m1(y.clamp_(-E2M1_MAX, E2M1_MAX)).mul_(scales[piece])
     return _untile(values, x.shape), unit.reshape(-1, 1) if row_scaled else unit

@@ -1,5 +1,5 @@
-"""Rollout: noise from seeds, the ODE sampler, a pool of candidates, and the copies of the old policy
-that draw them, in FP4 and in BF16 (paper, steps 1 and 3).
+"""Rollout: noise from seeds, the ODE sampler, a pool of candidates, and the copies of the old
+policy that draw them, in FP4 and in BF16 (paper, steps 1 and 3).
 
 Sampling is a deterministic ODE without guidance, so a seed determines an image: the NVFP4 explorer
 and the BF16 policy start from the same noise and end close to each other.
@@ -110,8 +110,8 @@ def draw(model, transformer, text, seeds, steps):
 def draw_and_score(model, transformer, text, seeds, steps, micro_batch, score):
     """Draw one prompt's candidates and score them: (latents, {reward: (n,)}).
 
-    Images are not kept, so a pool needs the memory of one micro-batch of them. score: a function (seeds, latents, images) of
-    a micro-batch that returns {reward: float32 (n,)}.
+    Images are not kept, so a pool needs the memory of one micro-batch of them. score: a function
+    (seeds, latents, images) of a micro-batch that returns {reward: float32 (n,)}.
     """
     latents, scores = [], []
     for start in range(0, len(seeds), micro_batch):

@@ -55,10 +55,12 @@ def mean_deviation(rewards, k):
 
 def extremes_random(rewards, k, seed=0):
     """The highest, the lowest and k - 2 random ones of the others, as in the authors' code."""
+    from random import Random
+
     values = _checked(rewards, k)
     extremes = best_worst(values, 2) if k > 1 else []
     rest = [i for i in range(len(values)) if i not in set(extremes)]
-    return extremes + [rest[i] for i in random_subset(rest, k - len(extremes), seed)]
+    return extremes + Random(seed).sample(rest, k - len(extremes))
 
 
 RULES = {  # the names that --select takes

@@ -19,24 +19,26 @@ Symbols, the same in every file
     v, v_old, v_ref   velocity (noise - x_0) by the policy, the old policy, the base model
     R, A, r           reward; advantage; A mapped to [0, 1], as the loss uses it
     N, K, P           pool (96), kept (24), prompts per iteration (48)
-    beta, kl          policy mix (nft_beta), weight of the KL term against the base model
+    beta, kl          policy mix (Config.nft_beta), weight of the KL term against the base model
     eta               old <- eta * old + (1 - eta) * policy after each iteration
 
 Four policies share one network: the base model, and three LoRA adapters on it. The policy
-("default") learns, the old policy ("old") draws, the EMA ("ema") is evaluated and saved. What draws
-images is a copy of the network with the old policy's (or the EMA's) LoRA merged into its weights.
+("default") learns, the old policy ("old") draws, the EMA ("ema") is evaluated and saved. Images are
+drawn by copies of the network with the LoRA of the old policy (or the EMA) merged into the weights.
+With --low_memory the network itself draws those in BF16.
 
 Departures. The authors' code is the authority where it differs from the paper's text; there, too,
 the old policy draws.
  1. Quantized layers. Authors: q, k and v are one layer, SANA's feed-forward is linear layers. Here:
     diffusers' layout, where q, k and v are apart and that feed-forward is 1x1 convolutions, which
     count as linear layers. The k and v of SANA's cross-attention are then too small for the paper's
-    rule (min_dim) and stay in BF16.
+    rule (Config.min_dim) and stay in BF16.
  2. FP4. Authors: Transformer Engine's DelayedScaling with E2M1, which runs FP8. Here:
     NVFP4BlockScaling.
- 3. SD3.5's times. Authors: the last of 10 is .009, because a shift is applied twice. Here: .25.
- 4. The update's LoRA in FLUX.1 and SD3.5. Authors: under BF16 autocast. Here: float32 (TF32 on a
-    GPU, as all float32 matmuls) between BF16 layers.
+ 3. SD3.5's times. Authors: spaced down to nearly 0; the last of 10 is .009, where an image hardly
+    changes. Here: the last is .25.
+ 4. The LoRA in the update of FLUX.1 and SD3.5. Authors: under BF16 autocast. Here, as for SANA in
+    both: float32 between BF16 layers. (Float32 matmuls use TF32 on a GPU.)
  5. The autoencoders of FLUX.1 and SD3.5. Authors: float32 under autocast. Here: BF16.
  6. CLIPScore's picture. Authors: resized in floating point, bilinear. Here: to 8 bits, bicubic, as
     CLIP was trained.
@@ -156,8 +158,8 @@ def nft_loss(v, v_old, v_ref, x_t, x_0, t, advantages, beta=1.0, adv_clip=5.0, k
 
 
 def iteration(run, step):
-    """One iteration of the algorithm. Returns its metrics and, for each of this process's prompts,
-    the Candidates that each stage kept."""
+    """One iteration of the algorithm. Returns its metrics and, for the picture, the Candidates of
+    this process's first prompt that each stage kept."""
     c, transformer = run.config, run.model.transformer
     select = selection.RULES[c.select]
 
@@ -169,7 +171,7 @@ def iteration(run, step):
             rollout.sync(merged, transformer, "old")
         texts = run.model.encode([run.train.prompts[prompt] for prompt in prompts])
 
-    drawn = []
+    samples, proxies, shown = [], [], None
     for i, prompt in distributed.mine(list(enumerate(prompts))):
         text = texts.take(i).to(c.device)
         seeds = rollout.candidate_seeds(c.seed, step, prompt, run.num_candidates)
@@ -184,10 +186,11 @@ def iteration(run, step):
                 candidates = candidates.take(select(candidates.rewards, stage.num_kept))
             seeds = candidates.seeds
             kept.append(candidates)
-        drawn.append(kept)
+        samples.append(candidates)  # of the last stage
+        proxies.append(kept[0].rewards_of(seeds))
+        shown = shown or kept
 
     # Advantages: from the rewards of the last stage, whose candidates are trained on.
-    samples = [kept[-1] for kept in drawn]
     scores = distributed.gather([candidates.scores for candidates in samples])
     rewards = {name: torch.stack([part[name] for part in scores]) for name in scores[0]}  # (P, K)
     advantages = group_advantages(rewards["weighted_sum"], c.adv_clip, c.advantage_std)
@@ -201,9 +204,9 @@ def iteration(run, step):
         models.follow(transformer, "old", eta=min(0.001 * s, 0.5))
         models.follow(transformer, "ema", eta=min((1 + s) / (10 + s), c.ema_decay))
 
-    proxies = distributed.gather([kept[0].rewards_of(kept[-1].seeds) for kept in drawn])
+    proxies = distributed.gather(proxies)
     metrics |= reward_metrics(proxies, rewards, selection.rank_fidelity)
-    return metrics, drawn
+    return metrics, shown
 
 
 def update(run, samples, step):
@@ -313,9 +316,9 @@ def evaluate(run):
 
 
 class Run:
-    """What an iteration works with: model, prompts, reward, optimizer, and `networks`: {precision:
-    what draws in it}, merged copies of the transformer (`copies`) or, in BF16 with --low_memory,
-    the transformer itself."""
+    """What an iteration works with: model, prompts, reward, optimizer, and {precision: the network
+    that draws images in it}, `networks`. These are merged copies of the transformer (`copies`) or,
+    in BF16 with --low_memory, the transformer itself."""
 
     def __init__(self, config):
         c = self.config = config
@@ -371,7 +374,7 @@ class Run:
         torch.manual_seed(c.seed)
         models.add_lora(self.model, c.lora_rank, 2 * c.lora_rank, c.lora)
         self.networks = {"bf16": transformer} | self.copies
-        if c.compile:
+        if c.compiled:
             self.networks = {p: torch.compile(n) for p, n in self.networks.items()}
         self.policies = {a: models.lora_parameters(transformer, a) for a in models.ADAPTERS}
         self.optimizer = torch.optim.AdamW(
@@ -430,13 +433,13 @@ def parse_options(argv=None):
 
 
 def train(config):
-    """The whole run, or with --dry_run what it would need. A step in which a signal stops the run, or NaN is found, is thrown away; a
-    resumed run draws it again."""
+    """The whole run, or with --dry_run what it would need. A step in which a signal stops the run,
+    or NaN is found, is thrown away; a resumed run draws it again."""
     c = config
     if c.dry_run:
         from support import dry_run  # here, because it changes PyTorch
 
-        return dry_run.report(c, rollout, pairs_loss)
+        return dry_run.report(c, rollout, pairs_loss, num_timesteps(c))
     c.output_dir = distributed.gather([c.output_dir])[0]  # its default holds the time
     if c.device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")  # TF32
@@ -463,13 +466,13 @@ def train(config):
                     checkpoint.save(c.output_dir, done, run.policies, run.optimizer, options)
                 if last:
                     break
-                metrics, drawn = iteration(run, done)
+                metrics, shown = iteration(run, done)
                 done += 1
                 report.step(done, metrics, run.clock.take())
                 if done % c.eval_every == 0 or done == c.steps:
                     labels = [f"{stage.name}, {stage.precision}" for stage in run.stages]
-                    prompt = run.train.prompts[drawn[0][0].prompt]
-                    report.picture(done, prompt, list(zip(labels, drawn[0])), run.model.decode)
+                    prompt = run.train.prompts[shown[0].prompt]
+                    report.picture(done, prompt, list(zip(labels, shown)), run.model.decode)
         except Stopped:
             path = checkpoint.save(c.output_dir, done, run.policies, run.optimizer, options)
             say(f"stopped after {done} steps; --resume {c.output_dir} continues from {path}")

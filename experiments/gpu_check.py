@@ -3,9 +3,15 @@
     python experiments/gpu_check.py               # writes docs/gpu.md; at most 25 minutes
     python experiments/gpu_check.py tests memory  # only these sections
 
+tests         whether the GPU computes what the CPU computes
+quantization  the speed of fake_quantize_nvfp4, compared with a copy of the same tensor
+memory        the peak of each stage of an iteration, compared with the dry run
+processes     one on each GPU: whether they exchange over NCCL what train.py exchanges
+speed         the time of a sampling step in each precision; the time of an iteration from it
+
 Nothing is downloaded. SANA 1.6B has its published sizes and random weights, with which it takes the
-time and memory of the trained model. An error in one section stands in the report, the other
-sections run all the same, and the exit code is 1. Without a GPU every size is small: that shows
+time and memory of the trained model. Where an error happens, the report says **failed** and why,
+the rest runs all the same, and the exit code is 1. Without a GPU the models are small: that shows
 only that this program works.
 """
 
@@ -14,26 +20,18 @@ import datetime
 import gc
 import math
 import multiprocessing
-import platform
 import subprocess
 import sys
 import time
 import traceback
 from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
 from unittest import mock
 
 PROJECT = Path(__file__).parent.parent
 sys.path.insert(0, str(PROJECT))
 
-# isort: split
-
-from support import models  # before diffusers, which support/__init__.py silences
-
-# isort: split
-
-import diffusers
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
@@ -42,98 +40,60 @@ import quant
 import rollout
 import train
 from experiments import bench
-from support import distributed, dry_run, te
+from support import distributed, dry_run, models, te
 from support.errors import one_line, written_whole
 
+FAILED = "**failed**"
 GPUS = 8  # of the run whose iteration is predicted
+LAYER = 2240, 11200  # inputs and outputs of the largest quantized layer of SANA 1.6B
+LORA_NUMBERS = 20 * 8 * 32 * (2240 + 2240)  # of a LoRA of rank 32 on 8 layers in 20 blocks of SANA
 QUANTIZED = [name for name in quant.PRECISIONS if name != "bf16"]
-BACKENDS = {  # name in the report: (precision, what runs its layers, as in quant.backend)
-    "BF16": ("bf16", "torch"),
-    "NVFP4, simulated": ("nvfp4", "simulated"),
-    "FP8, Transformer Engine": ("fp8", "te"),
-    "NVFP4, Transformer Engine": ("nvfp4", "te"),
-}
-# What makes the published models small: one block or two, few channels.
-SMALL_VAE = dict(block_out_channels=[32] * 4, layers_per_block=1)
-SMALL_PROMPT = dict(joint_attention_dim=32, pooled_projection_dim=32)
-SMALL = {
-    "sana": dict(
-        transformer=dict(
-            num_layers=2,
-            num_attention_heads=2,
-            num_cross_attention_heads=2,
-            cross_attention_head_dim=32,
-            cross_attention_dim=64,
-            caption_channels=32,
-        ),
-        vae=dict(
-            attention_head_dim=8,
-            encoder_block_out_channels=[4, 4, 8, 8, 32, 32],
-            decoder_block_out_channels=[4, 4, 8, 8, 32, 32],
-            encoder_layers_per_block=[1] * 6,
-            decoder_layers_per_block=[1] * 6,
-        ),
-    ),
-    "flux": dict(
-        transformer=dict(num_layers=1, num_single_layers=1, num_attention_heads=2) | SMALL_PROMPT,
-        vae=SMALL_VAE,
-    ),
-    "sd3": dict(
-        transformer=dict(num_layers=2, num_attention_heads=2, caption_projection_dim=128)
-        | SMALL_PROMPT,
-        vae=SMALL_VAE,
-    ),
-}
 
 
-class Setup(NamedTuple):
-    """What is measured."""
-
-    config: object  # the checked options of a run of train.py
-    reduced: bool  # a small model in the place of the published one
-    layer: tuple  # (in, out) of its largest quantized layer
-    lora_numbers: int  # in one of its adapters
-    repeats: int  # of each measurement of the model
-    deadline: float  # of time.perf_counter(): no compilation begins later
+def attempt(function, *arguments):
+    """What the function returns or, if it raises an error, a line that says so."""
+    try:
+        return function(*arguments)
+    except Exception as error:
+        traceback.print_exc()
+        return f"{FAILED}: {type(error).__name__}: {one_line(error)}".replace("|", "/")
 
 
-def setup_for(device):
-    """The Setup for "cuda" or, small, for "cpu"."""
-    small = "--resolution 64 --micro_batch 4 --train_micro_batch 4 --pool 8 --keep 4".split()
-    paper = ["--pretrained", "--prompts", "none"]  # the published model's options; no file is read
-    c = train.parse_options([*(small if device == "cpu" else paper), "--device", device])
-    # A compilation takes minutes; one that begins after 15 minutes might not end within 25.
-    deadline = time.perf_counter() + 15 * 60
-    if device == "cpu":
-        return Setup(c, True, (64, 96), 1000, 1, deadline)
-    # The largest layer opens the feed-forward. LoRA adapts 8 layers in each of 20 blocks.
-    lora_numbers = 20 * 8 * c.lora_rank * (2240 + 2240)
-    return Setup(c, False, (2240, 11200), lora_numbers, 5, deadline)
-
-
-def rows(functions, failed):
-    """For each of {name: function} a row of a table: what the function returns, or its error. An
-    error does not stop the other functions; the name is added to the list `failed`."""
-    for name, function in functions.items():
-        try:
-            result = function()
-        except Exception as error:
-            traceback.print_exc()
-            result = f"**failed**: {describe(error)}"
-            failed.append(name)
-        yield f"| {name} | {result} |"
-
-
-def describe(error):
-    return f"{type(error).__name__}: {one_line(error)}".replace("|", "/")
+def row(*cells):
+    return f"| {' | '.join(cells)} |"
 
 
 def header(*columns):
-    return [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    return row(*columns), row(*["---"] * len(columns))
+
+
+def random_model(name, configs, resolution, device, dtype):
+    """(A model with random weights and no text encoders, the Text of one prompt)."""
+    torch.manual_seed(0)
+    parts = {part: config for part, config in configs[name].items() if "text" not in part}
+    model = dry_run.published_model(name, resolution, device, dtype, parts)
+    return model, dry_run.made_up_text(model, device)
+
+
+def update_loss(c, model, text, pairs):
+    """The update's loss for a micro-batch of (sample, time) pairs with made-up samples."""
+    device = text.embeds.device
+    x_0, noise = rollout.initial_noise(range(2 * pairs), model.latent_shape).to(device).chunk(2)
+    t, advantages = torch.linspace(0.1, 1, pairs), torch.linspace(-2, 2, pairs)
+    return train.pairs_loss(c, model, text, x_0, noise, t.to(device), advantages.to(device))[0]
 
 
 # ---------------------------------------------------------------------------------------------
-# Tests. Each check returns its figures, or raises AssertionError with them.
+# Tests. Each check returns its figures, or raises AssertionError with them. c: a run's options.
+
+
+def tests(c):
+    yield from header("check", "result (differences are relative, of whole tensors)")
+    for check in CHECKS:
+        yield row(check.__doc__, attempt(check, c))
+    for precision in QUANTIZED:
+        name = f"A layer simulated in {precision} gives the CPU's outputs, within 8e-3; TE agrees"
+        yield row(name, attempt(check_layer, c, precision))
 
 
 def assert_equal(actual, expected, what):
@@ -141,17 +101,16 @@ def assert_equal(actual, expected, what):
     assert not wrong.any(), f"{what}: {int(wrong.sum())} of {wrong.numel()} differ"
 
 
-def assert_below(limit, errors):
-    """{what: relative error} as a line; AssertionError with this line if one exceeds the limit."""
-    line = ", ".join(f"{what} {error:.1e}" for what, error in errors.items())
-    assert all(error <= limit for error in errors.values()), f"{line}; the limit is {limit:g}"
-    return line
-
-
 def relative_error(actual, expected):
-    """The norm of the difference, as a share of the expected norm."""
     actual, expected = actual.cpu().double(), expected.cpu().double()
     return float((actual - expected).norm() / expected.norm())
+
+
+def assert_below(limit, errors):
+    """errors: {what: relative error}. Returns them as a line."""
+    line = ", ".join(f"{what} {error:.1e}" for what, error in errors.items())
+    assert all(error <= limit for error in errors.values()), line
+    return line
 
 
 # block, four_over_six and row_scaled of quant.quantize_nvfp4
@@ -159,404 +118,248 @@ FORMATS = [((1, 16), *modes) for modes in ((False, False), (True, False), (False
 FORMATS += [((16, 16), four_over_six, False) for four_over_six in (False, True)]
 
 
-def random_tensors():
-    """Two tensors whose rows differ much in size; the second one's sizes fill no whole blocks."""
-    g = torch.Generator().manual_seed(0)
-    for m, k, dtype in ((1024, 2240, torch.bfloat16), (100, 72, torch.float32)):
-        row_sizes = torch.randn(m, 1, generator=g).mul(2).exp()
-        yield (torch.randn(m, k, generator=g) * row_sizes).to(dtype)
+def bytes_of(q):
+    """The parts of an NVFP4Tensor as tests/nvfp4_vectors.safetensors has them."""
+    return {"codes": q.codes, "scales": q.scales.view(torch.uint8), "amax": q.amax.reshape(-1)}
 
 
-def assert_same_bytes(q, expected, what):
-    """q: an NVFP4Tensor; expected: its codes, scales (uint8) and amax."""
-    actual = q.codes, q.scales.view(torch.uint8), q.amax.reshape(-1)
-    for part, a, b in zip(("codes", "scales", "amax"), actual, expected):
-        assert_equal(a, b, f"{part} of {what}")
-
-
-def check_bytes(setup):
-    """quantize_nvfp4 gives the bytes of Transformer Engine's reference, and those of the CPU"""
-    device = setup.config.device
+def check_reference(c):
+    """quantize_nvfp4 gives the bytes of Transformer Engine's reference"""
     vectors = load_file(PROJECT / "tests" / "nvfp4_vectors.safetensors")
     cases = [key.removesuffix(".codes") for key in vectors if key.endswith(".codes")]
     for case in cases:
         x, block, mode = case.split(".")
         block = (1, 16) if block == "1x16" else (16, 16)
-        q = quant.quantize_nvfp4(vectors[f"{x}.x"].to(device), block, mode != "plain")
-        expected = [vectors[f"{case}.{part}"] for part in ("codes", "scales", "amax")]
-        assert_same_bytes(q, expected, case)
-    for x in random_tensors():
-        for form in FORMATS:
-            q, on_cpu = quant.quantize_nvfp4(x.to(device), *form), quant.quantize_nvfp4(x, *form)
-            expected = on_cpu.codes, on_cpu.scales.view(torch.uint8), on_cpu.amax.reshape(-1)
-            assert_same_bytes(q, expected, f"{x.dtype}, {form}")
-    return f"equal in {len(cases)} tensors of the reference and in {2 * len(FORMATS)} larger ones"
+        q = quant.quantize_nvfp4(vectors[f"{x}.x"].to(c.device), block, mode != "plain")
+        for part, actual in bytes_of(q).items():
+            assert_equal(actual, vectors[f"{case}.{part}"], f"{part} of {case}")
+    return f"equal in {len(cases)} tensors"
 
 
-def check_fake_quantization(setup):
-    """fake_quantize_nvfp4 equals quantize_nvfp4(...).dequantize(...), eager and compiled"""
-    different = {}
-    for x in random_tensors():
-        x = x.to(setup.config.device)
-        for form in FORMATS:
-            expected = quant.quantize_nvfp4(x, *form).dequantize(x.dtype)
-            for mode, wrap in bench.MODES.items():
-                torch._dynamo.reset()  # each is compiled for itself
-                wrong = wrap(quant.fake_quantize_nvfp4)(x, *form) != expected
-                if wrong.any():
-                    share = f"{int(wrong.sum())} of {wrong.numel()} differ"
-                    different[f"{mode}, {x.dtype}, {form}"] = share
-    assert not different, str(different)
-    return f"equal in {2 * len(FORMATS)} tensors, {' and '.join(bench.MODES)}"
+def check_quantization(c):
+    """quantize_nvfp4 gives the CPU's bytes; fake_quantize_nvfp4 their values, eager and compiled"""
+    torch.manual_seed(0)  # the rows of x differ much in size; x does not divide into whole blocks
+    x = (torch.randn(1000, 2232) * torch.randn(1000, 1).mul(2).exp()).bfloat16()
+    x_gpu = x.to(c.device)
+    for form in FORMATS:
+        q, expected = quant.quantize_nvfp4(x_gpu, *form), bytes_of(quant.quantize_nvfp4(x, *form))
+        for part, actual in bytes_of(q).items():
+            assert_equal(actual, expected[part], f"{part} with {form}")
+        for mode, wrap in bench.MODES.items():
+            torch._dynamo.reset()  # each is compiled for itself
+            fake = wrap(quant.fake_quantize_nvfp4)(x_gpu, *form)
+            assert_equal(fake, q.dequantize(x.dtype), f"{mode} with {form}")
+    return f"equal in {len(FORMATS)} formats, {' and '.join(bench.MODES)}"
 
 
-def check_noise(setup):
-    """The noise of a seed depends neither on the GPU, nor on its generator, nor on other seeds"""
-    seeds, shape = rollout.candidate_seeds(0, 0, 0, 24), (32, 32, 32)
-    expected = rollout.initial_noise(seeds, shape)
-    torch.randn(1000, device=setup.config.device)
-    noise = [rollout.initial_noise([s], shape).to(setup.config.device) for s in seeds]
-    assert_equal(torch.cat(noise), expected, "noise")
-    return f"equal for {len(seeds)} seeds"
-
-
-def configurations(name, small):
-    """{part of the pipeline: configuration} of a published model."""
-    changes = SMALL[name] if small else {}
-    published = dry_run.published_configs()[name].items()
-    return {part: config | changes.get(part, {}) for part, config in published}
-
-
-def random_model(name, resolution, device, dtype, small):
-    """(A model with random weights and no text encoders, the Text of one prompt)."""
+def check_layer(c, precision):
     torch.manual_seed(0)
-    parts = configurations(name, small)
-    parts = {part: parts[part] for part in ("transformer", "vae", "scheduler")}
-    model = dry_run.published_model(name, resolution, device, dtype, parts)
-    return model, dry_run.made_up_text(model, device)
+    layer = torch.nn.Linear(*LAYER, dtype=torch.bfloat16).requires_grad_(False)
+    x, settings = torch.randn(96, LAYER[0]).bfloat16(), quant.PRECISIONS[precision]
+    on_cpu = quant.SimulatedMatmul(layer.weight, layer.bias, settings)
+    expected, layer = on_cpu(x), layer.to(c.device)
+    on_gpu = quant.SimulatedMatmul(layer.weight, layer.bias, settings)
+    assert_equal(on_gpu.values, on_cpu.values, "numbers of the quantized weight")
+    line = assert_below(8e-3, {"simulated": relative_error(on_gpu(x.to(c.device)), expected)})
+    if reason := te.unusable(settings, c.device):
+        return f"{line}; Transformer Engine not run: {reason}"
+    te.self_check(layer, "of random weights", settings, quant.quantize_nvfp4, quant.SimulatedMatmul)
+    return f"{line}; Transformer Engine {te.version()} agrees"
 
 
-def on_both(setup, model, function):
-    """What function(device) returns with the model on the CPU, and then on setup's device."""
-    results = []
-    for device in ("cpu", setup.config.device):
-        model.transformer.to(device)
-        model.vae.to(device)
-        # By default cuDNN rounds the inputs of convolutions in float32 to 10 bits.
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            results.append(function(device))
-    return results
-
-
-def check_drawing(setup):
-    """Small models in float32 draw the CPU's latents and images in 4 steps, within 1e-3"""
+def compare_models(c, dtype, limit, compute):
+    """Compare tensors that compute(model, text) returns, of each small model on the GPU and on the
+    CPU. text: of one prompt."""
     errors = {}
     for name in models.MODELS:
-        model, text = random_model(name, 64, "cpu", torch.float32, small=True)
-
-        def draw(device):
-            return rollout.draw(model, model.transformer, text.to(device), [0, 1, 2], 4)
-
-        for what, *pair in zip(("latents", "images"), *reversed(on_both(setup, model, draw))):
-            errors[f"{name} {what}"] = relative_error(*pair)
-    return assert_below(1e-3, errors)
-
-
-def check_layer(setup):
-    """A simulated layer holds the CPU's quantized numbers; its outputs are within 8e-3"""
-    (n_in, n_out), device, errors = setup.layer, setup.config.device, {}
-    g = torch.Generator().manual_seed(0)
-    weight, bias, x = (
-        torch.randn(shape, generator=g).bfloat16()
-        for shape in ((n_out, n_in), (n_out,), (96, n_in))
-    )
-    for precision in QUANTIZED:
-        settings = quant.PRECISIONS[precision]
-        on_cpu = quant.SimulatedMatmul(weight, bias, settings)
-        on_device = quant.SimulatedMatmul(weight.to(device), bias.to(device), settings)
-        assert_equal(on_device.values, on_cpu.values, f"{precision}, the weight's numbers")
-        errors[precision] = relative_error(on_device(x.to(device)), on_cpu(x))
-    return assert_below(8e-3, errors)
+        results = []
+        for device in (c.device, "cpu"):
+            model, text = random_model(name, dry_run.small_configs(), 64, "cpu", dtype)
+            model.transformer.to(device)
+            model.vae.to(device)
+            # By default cuDNN rounds the inputs of convolutions in float32 to 10 bits.
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+                results.append(compute(model, text.to(device)))
+        errors[name] = max(map(relative_error, *results))
+    return assert_below(limit, errors)
 
 
-def check_explorer(setup):
-    """A simulated NVFP4 explorer gives the CPU's velocity, within half of what NVFP4 changes"""
-    errors = {}  # not near 0: sums in another order move some numbers to a neighbouring code
-    for name in models.MODELS:
-        model, text = random_model(name, 64, "cpu", torch.bfloat16, small=True)
-        noise = rollout.initial_noise([0, 1, 2], model.latent_shape)
-        text, t = text.take([0, 0, 0]), torch.tensor([0.9, 0.9, 0.9])
-        with torch.no_grad():
-            in_bf16 = model.velocity(model.transformer, noise, t, text)
-            model.transformer = make_network(model, "NVFP4, simulated", min_dim=0)
+def check_drawing(c):
+    """Small models in float32 draw the CPU's images from the same seeds in 4 steps, within 1e-3"""
 
-            def velocity(device):
-                inputs = noise.to(device), t.to(device), text.to(device)
-                return model.velocity(model.transformer, *inputs)
+    def draw(model, text):
+        return rollout.draw(model, model.transformer, text, [0, 1, 2], 4)
 
-            expected, actual = on_both(setup, model, velocity)
-        errors[name] = relative_error(actual, expected) / relative_error(expected, in_bf16)
-    return assert_below(0.5, errors)
+    return compare_models(c, torch.float32, 1e-3, draw)
 
 
-def check_gradient(setup):
+def check_explorer(c):
+    """Small simulated NVFP4 explorers draw the CPU's latents in a step, within 0.04"""
+    # NVFP4 itself changes them by 0.04 to 0.07. Sums in another order move some numbers to a
+    # neighbouring NVFP4 code, which changes them by up to half of that.
+
+    def explore(model, text):
+        with mock.patch.object(te, "unusable", lambda *_: "to be simulated"):
+            explorer, _ = rollout.make_copy(model, "nvfp4", model.keep_bf16)
+        return rollout.draw(model, explorer, text, [0, 1, 2], 1)[:1]
+
+    return compare_models(c, torch.bfloat16, 0.04, explore)
+
+
+def check_gradient(c):
     """The update's gradient of small models in float32 is the CPU's, within 1e-3"""
-    c, errors = setup.config, {}
-    for name in models.MODELS:
-        model, text = random_model(name, 64, "cpu", torch.float32, small=True)
+
+    def gradient(model, text):
         models.add_lora(model, c.lora_rank, alpha=2 * c.lora_rank)
+        torch.manual_seed(0)
         for adapter in models.ADAPTERS:  # which begin equal, and without effect
             for p in models.lora_parameters(model.transformer, adapter):
-                p.data += 0.02 * torch.randn(p.shape)
+                p.data.copy_(0.05 * torch.randn(p.shape))
+        policy = models.lora_parameters(model.transformer, "default")
+        gradients = torch.autograd.grad(update_loss(c, model, text, 4), policy)
+        return [torch.cat([g.flatten() for g in gradients])]
 
-        def gradient(device):
-            loss = update_loss(c, model, text.to(device), 4)
-            policy = models.lora_parameters(model.transformer, "default")
-            return torch.cat([g.flatten() for g in torch.autograd.grad(loss, policy)])
-
-        expected, actual = on_both(setup, model, gradient)
-        errors[name] = relative_error(actual, expected)
-    return assert_below(1e-3, errors)
+    return compare_models(c, torch.float32, 1e-3, gradient)
 
 
-def update_loss(c, model, text, pairs):
-    """The loss of a micro-batch of (sample, time) pairs with made-up samples. text: of a prompt."""
-    device = text.embeds.device
-    x_0, noise = (
-        rollout.initial_noise(range(first, first + pairs), model.latent_shape).to(device)
-        for first in (0, pairs)
-    )
-    t, advantages = torch.linspace(0.1, 1, pairs), torch.linspace(-2, 2, pairs)
-    loss, _ = train.pairs_loss(c, model, text, x_0, noise, t.to(device), advantages.to(device))
-    return loss
-
-
-def check_transformer_engine(setup, precision):
-    """Transformer Engine agrees with the simulation on a layer, or the reason why it cannot run."""
-    settings, device = quant.PRECISIONS[precision], setup.config.device
-    reason = te.unusable(settings, device)
-    if reason:
-        return f"not run: {reason}"
-    torch.manual_seed(0)
-    layer = torch.nn.Linear(*setup.layer, device=device, dtype=torch.bfloat16)
-    te.self_check(layer, "of random weights", settings, quant.quantize_nvfp4, quant.SimulatedMatmul)
-    return f"Transformer Engine {te.version()} agrees with the simulation"
-
-
-CHECKS = (check_bytes, check_fake_quantization, check_noise, check_drawing, check_layer)
-CHECKS += (check_explorer, check_gradient)
-
-
-def tests(setup):
-    functions = {" ".join(f.__doc__.split()): lambda f=f: f(setup) for f in CHECKS}
-    for precision in QUANTIZED:
-        name = "Transformer Engine, {}: a layer of {} -> {}".format(precision, *setup.layer)
-        functions[name] = lambda p=precision: check_transformer_engine(setup, p)
-    yield from header("check", "figures: norms of differences, as shares of the CPU's")
-    failed = []
-    yield from rows(functions, failed)
-    assert not failed, f"{len(failed)} of {len(functions)} checks"
+CHECKS = check_reference, check_quantization, check_drawing, check_explorer, check_gradient
 
 
 # ---------------------------------------------------------------------------------------------
-# Speed and memory
+# Memory and speed of the stages of a run with SANA 1.6B
 
 
-def quantization(setup):
-    yield "The goal is half of the bandwidth of a copy.\n"
-    yield from bench.quantization(setup.config.device)
+def sana_configs(c):
+    return dry_run.small_configs() if c.device == "cpu" else dry_run.published_configs()
 
 
-def make_network(model, backend, min_dim):
-    """A copy of the model's transformer that draws by one of BACKENDS."""
-    precision, kind = BACKENDS[backend]
-    reason = "" if kind == "te" else "to be simulated"
-    # The section of tests compares Transformer Engine with the simulation.
-    with mock.patch.multiple(te, unusable=lambda *_: reason, self_check=lambda *_: None):
-        return rollout.make_copy(model, precision, model.keep_bf16, min_dim)[0]
+def sana(c):
+    """(SANA with random weights, the Text of a micro-batch of images, their noise)."""
+    model, text = random_model("sana", sana_configs(c), c.resolution, c.device, torch.bfloat16)
+    noise = rollout.initial_noise(range(c.micro_batch), model.latent_shape).to(c.device)
+    return model, text.take([0] * len(noise)), noise
 
 
-class Workload:
-    """SANA with random weights as a run has it, and the work of its stages in micro-batches."""
+def make_update(c, model, text):
+    """Add LoRA. Returns a function that runs the update of a micro-batch and AdamW's step."""
+    models.add_lora(model, c.lora_rank, alpha=2 * c.lora_rank)
+    if c.gradient_checkpointing:
+        model.transformer.enable_gradient_checkpointing()
+    policy = models.lora_parameters(model.transformer, "default")
+    optimizer = torch.optim.AdamW(policy, lr=c.learning_rate)
 
-    def __init__(self, setup, *backends):
-        c = self.config = setup.config
-        size = c.resolution, c.device, torch.bfloat16, setup.reduced
-        self.model, self.text = random_model("sana", *size)
-        if c.gradient_checkpointing:
-            self.model.transformer.enable_gradient_checkpointing()
-        self.networks = {
-            backend: make_network(self.model, backend, c.min_dim) for backend in backends
-        }
-        models.add_lora(self.model, c.lora_rank, alpha=2 * c.lora_rank)
-        self.policy = models.lora_parameters(self.model.transformer, "default")
-        self.optimizer = torch.optim.AdamW(self.policy, lr=c.learning_rate)
-        for network in self.networks.values():
-            rollout.sync(network, self.model.transformer, "old")
-        noise = rollout.initial_noise(range(c.micro_batch), self.model.latent_shape)
-        self.noise = noise.to(c.device)
+    def update():
+        size = sum(p.numel() for p in policy)
+        summed = torch.zeros(size, dtype=torch.float64, device=c.device)  # as in train.py
+        update_loss(c, model, text.take(0), c.train_micro_batch).backward()
+        summed += torch.cat([p.grad.flatten() for p in policy])
+        optimizer.step()
+        optimizer.zero_grad()
 
-    def step(self, network):
-        """One sampling step of a micro-batch."""
-        text = self.text.take([0] * len(self.noise))
-        return rollout.sample(self.model, network, text, self.noise, 1)
-
-    def decode(self):
-        return self.model.decode(self.noise)
-
-    def update(self):
-        """The gradient of a micro-batch of (sample, time) pairs, summed in float64 as in train.py,
-        and the optimizer's step."""
-        size = sum(p.numel() for p in self.policy)
-        summed = torch.zeros(size, dtype=torch.float64, device=self.config.device)
-        update_loss(self.config, self.model, self.text, self.config.train_micro_batch).backward()
-        summed += torch.cat([p.grad.flatten() for p in self.policy])
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+    return update
 
 
-STEP_COLUMNS = ("s", "ratio to BF16", "first call s")  # the first call compiles
-
-
-def speed(setup):
-    c, seconds, failed = setup.config, {}, []
-
-    def measure(name, function):
-        seconds[name] = bench.medians({name: function}, setup.repeats)[name] / 1e3
-        return f"{seconds[name]:.4f}"
-
-    def measure_step(backend, mode):
-        """A row's cells: seconds of a sampling step, their ratio to BF16, seconds of the first."""
-        precision, kind = BACKENDS[backend]
-        reason = te.unusable(quant.PRECISIONS[precision], c.device) if kind == "te" else ""
-        if mode == "compiled" and time.perf_counter() > setup.deadline:
-            reason = "its compilation might not end within 25 minutes"
-        if reason:
-            return f"not run: {reason} | |"
-        torch._dynamo.reset()
-        gc.collect()  # the workload before this one
-        work = Workload(setup, backend)
-        network, start = bench.MODES[mode](work.networks[backend]), time.perf_counter()
-        work.step(network).cpu()  # which waits for the GPU
-        first = time.perf_counter() - start
-        cell = measure((backend, mode), lambda: work.step(network))
-        ratio = seconds[backend, mode] / seconds.get(("BF16", mode), math.nan)
-        return f"{cell} | {ratio:.2f} | {first:.1f}"
-
-    work = Workload(setup)
-    yield from header("a micro-batch", "s")
-    update = f"update, {c.train_micro_batch} (sample, time) pairs"
-    decode = f"decoding, {c.micro_batch} images of {c.resolution} px"
-    functions = {decode: work.decode, update: work.update}
-    yield from rows({n: lambda n=n, f=f: measure(n, f) for n, f in functions.items()}, failed)
-    del work, functions  # each step below has a workload of its own
-    for mode in bench.MODES:
-        yield ""
-        yield from header(f"a sampling step, {c.micro_batch} images, {mode}", *STEP_COLUMNS)
-        steps = {
-            backend: lambda backend=backend, mode=mode: measure_step(backend, mode)
-            for backend in BACKENDS
-        }
-        yield from rows(steps, failed)
-        of_step = {
-            backend: seconds[backend, mode] for backend in BACKENDS if (backend, mode) in seconds
-        }
-        if {decode, update} <= seconds.keys() and "BF16" in of_step:
-            yield ""
-            yield from iteration_table(c, of_step, seconds[decode], seconds[update])
-    assert not failed, f"{len(failed)} measurements"
-
-
-def iteration_table(c, of_step, decode, update):
-    """Whole iterations of naive_scaling and of sol_rl, predicted. of_step: {backend: seconds of a
-    sampling step}; decode, update: seconds; all of a micro-batch."""
-    stages = ("explore", "regenerate", "update")
-    title = f"an iteration, {c.prompts_per_step} prompts on {GPUS} GPUs, predicted without rewards"
-    yield from header(title, *(f"{stage} s" for stage in stages), "sum s", "speed-up")
-    seconds = {"bf16": of_step["BF16"], "decode": decode, "update": update}
-    runs = {"naive_scaling, BF16": iteration_seconds(c, "naive_scaling", seconds)}
-    for backend in of_step:
-        if backend != "BF16":
-            seconds[c.precision] = of_step[backend]
-            runs[f"sol_rl, {backend}"] = iteration_seconds(c, "sol_rl", seconds)
-    naive, *_ = [sum(run.values()) for run in runs.values()]
-    for name, run in runs.items():
-        cells = " | ".join(f"{run.get(stage, 0):.2f}" for stage in stages)
-        total = sum(run.values())
-        yield f"| {name} | {cells} | {total:.2f} | {naive / total:.2f}x |"
-
-
-def iteration_seconds(c, algorithm, seconds):
-    """{stage: predicted seconds of an iteration on GPUS GPUs}, with decoding and without rewards.
-
-    c: options; seconds: {"bf16" and c.precision: of a sampling step; "decode"; "update"}, each of a
-    micro-batch."""
-    prompts, result = c.prompts_per_step / GPUS, {}
-    images, stages = train.ALGORITHMS[algorithm](c)
-    for stage in stages:
-        of_micro_batch = stage.steps * seconds[stage.precision] + seconds["decode"]
-        result[stage.name] = prompts * math.ceil(images / c.micro_batch) * of_micro_batch
-        images = stage.num_kept or images
-    micro_batches = math.ceil(images * train.num_timesteps(c) / c.train_micro_batch)
-    return result | {"update": prompts * micro_batches * seconds["update"]}
-
-
-def memory(setup):
-    c = setup.config
-    simulated = te.unusable(quant.PRECISIONS["nvfp4"], c.device)
-    backend = "NVFP4, simulated" if simulated else "NVFP4, Transformer Engine"
-    explore = backend.replace("NVFP4", "explore")
-    work = Workload(setup, "BF16", backend)
-    functions = {
-        "update": work.update,  # the first, because it makes AdamW's moments
-        explore: lambda: work.step(work.networks[backend]),
-        "regenerate": lambda: work.step(work.networks["BF16"]),
-        "decode": work.decode,
-    }
-    peaks = {}
-    if c.device == "cpu":
-        yield "No CUDA: PyTorch does not count the memory of a CPU.\n"
-    yield from header("measured", "peak GB")
-    for stage, function in functions.items():
-        function()  # the first call allocates what later calls use again
-        peaks[stage] = peak_bytes(function, c.device)
-        yield f"| {stage} | {peaks[stage] / 1e9:.3f} |"
-
+def memory(c):
+    kind = "simulated" if te.unusable(quant.PRECISIONS["nvfp4"], c.device) else "Transformer Engine"
     # In a process of its own, which ends, because PyTorch does not forget the fake GPU.
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-        predicted = process.submit(predicted_peaks, setup, explore).result()
-    yield "\nThe goal is a difference of at most 10% from what the dry run predicts.\n"
-    yield from header("predicted", "peak GB", "measured / predicted")
-    for stage, peak in peaks.items():
-        yield f"| {stage} | {predicted[stage] / 1e9:.3f} | {peak / predicted[stage]:.3f} |"
+        predicted = process.submit(predicted_peaks, c, kind).result()
+    model, text, noise = sana(c)
+    explorer, _ = rollout.make_copy(model, "nvfp4", model.keep_bf16, c.min_dim)
+    merged, _ = rollout.make_copy(model, "bf16")
+    update = make_update(c, model, text)
+    for network in (explorer, merged):
+        rollout.sync(network, model.transformer, "old")
+    stages = {
+        "explore": lambda: rollout.sample(model, explorer, text, noise, 1),
+        "regenerate": lambda: rollout.sample(model, merged, text, noise, 1),
+        "decode": lambda: model.decode(noise),
+        "update": update,
+    }
+    for run in stages.values():  # which makes all that stays, such as AdamW's moments
+        run()
+    yield from header(f"stage (explorer: {kind})", "peak GB", "dry run GB", "peak / dry run")
+    for name, run in stages.items():
+        if c.device != "cpu":  # whose memory PyTorch does not count
+            torch.cuda.reset_peak_memory_stats()
+        run()
+        gb, predicted_gb = torch.cuda.max_memory_allocated() / 1e9, predicted[name] / 1e9
+        yield row(name, f"{gb:.3f}", f"{predicted_gb:.3f}", f"{gb / predicted_gb:.3f}")
 
 
-def peak_bytes(function, device):
-    """The largest memory of PyTorch's tensors during a call; NaN on a CPU."""
-    if device == "cpu":
-        return math.nan
-    torch.cuda.reset_peak_memory_stats()
-    function()
-    return torch.cuda.max_memory_allocated()
+def predicted_peaks(c, kind):
+    """{stage: bytes} by the dry run, without what is not here: text encoders, CLIP, latents."""
+    given = rollout, train.pairs_loss, train.num_timesteps(c), sana_configs(c)["sana"]
+    resident, stages = dry_run.run_stages(c, *given)
+    resident |= {dry_run.ENCODERS: 0, dry_run.CLIP: 0, dry_run.LATENTS: 0}
+    return dry_run.peaks(resident, stages, kind, False, c.micro_batch, c.train_micro_batch)
 
 
-def predicted_peaks(setup, explore):
-    """{stage: bytes} that the dry run predicts for a Workload. explore: name of the stage."""
-    parts = configurations("sana", setup.reduced)
-    resident, stages = dry_run.run_stages(setup.config, rollout, train.pairs_loss, parts)
-    held = ["transformer", "VAE", dry_run.MERGED, "three LoRA adapters", "AdamW's moments"]
-    held = sum(resident[name] for name in [*held, dry_run.DRAWS[explore]])
-    return {name: held + stage.transient(stage.micro_batch) for name, stage in stages.items()}
+def speed(c):
+    """Each precision runs as train.py would run it on this machine, in micro-batches."""
+    start, steps = time.perf_counter(), {}  # {(precision, mode): seconds of a sampling step}
+    model, text, noise = sana(c)
+
+    def seconds(function):
+        return bench.medians({"function": function}, repeats=5)["function"] / 1e3
+
+    def measure_step(precision, mode):
+        """The cells of a row."""
+        if mode == "compiled" and time.perf_counter() - start > 8 * 60:
+            return "not run: after 8 minutes of this section nothing more is compiled |"
+        torch._dynamo.reset()
+        network, _ = rollout.make_copy(model, precision, model.keep_bf16, c.min_dim)
+        network = bench.MODES[mode](network)
+        step = seconds(lambda: rollout.sample(model, network, text, noise, 1))
+        steps[precision, mode] = step
+        return f"{step:.4f} | {step / steps.get(('bf16', mode), math.nan):.2f}"
+
+    yield from header(f"a sampling step of {c.micro_batch} images", "seconds", "seconds / BF16's")
+    for mode in bench.MODES:
+        for precision in ("bf16", "nvfp4", "fp8"):
+            _, name = quant.backend(precision, c.device)
+            yield row(f"{name}, {mode}", attempt(measure_step, precision, mode))
+    decode, update = seconds(lambda: model.decode(noise)), seconds(make_update(c, model, text))
+    yield f"\nDecoding {c.micro_batch} images of {c.resolution} pixels takes {decode:.4f} seconds."
+    yield f"The update of {c.train_micro_batch} (sample, time) pairs takes {update:.4f} seconds.\n"
+
+    title = (
+        f"an iteration of {c.prompts_per_step} prompts on {GPUS} GPUs, predicted without rewards"
+    )
+    columns = "explore s", "regenerate s", "update s", "sum s", "times as fast"
+    yield from header(title, *columns)
+    for (precision, mode), step in steps.items():
+        bf16 = steps.get(("bf16", mode), math.nan)
+        naive = sum(iteration_seconds(c, bf16, None, decode, update))
+        explorer = None if precision == "bf16" else step
+        parts = iteration_seconds(c, bf16, explorer, decode, update)
+        name = f"{'sol_rl' if explorer else 'naive_scaling'}, {precision}, {mode}"
+        yield row(name, *(f"{s:.2f}" for s in (*parts, sum(parts))), f"{naive / sum(parts):.2f}")
+
+
+def iteration_seconds(c, bf16, explorer, decode, update):
+    """Seconds of (exploring, regenerating, the update) in an iteration, without rewards.
+
+    The arguments are seconds of a micro-batch: a sampling step in BF16, one by the explorer,
+    decoding, the update. Without an explorer BF16 draws all images and none is drawn again."""
+    pool, kept = math.ceil(c.pool / c.micro_batch), math.ceil(c.keep / c.micro_batch)
+    pairs = math.ceil(c.keep * train.num_timesteps(c) / c.train_micro_batch)
+    explore, regenerate = pool * (c.rollout_steps * bf16 + decode), 0
+    if explorer is not None:
+        explore = pool * (c.explore_steps * explorer + decode)
+        regenerate = kept * (c.rollout_steps * bf16 + decode)
+    prompts = c.prompts_per_step / GPUS
+    return prompts * explore, prompts * regenerate, prompts * pairs * update
 
 
 # ---------------------------------------------------------------------------------------------
 # Several processes
 
 
-def processes(setup):
+def processes(c):
     n = torch.cuda.device_count() or 2
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*launch, f"--nproc_per_node={n}", __file__, "--process", str(setup.lora_numbers)]
+    command = [*launch, f"--nproc_per_node={n}", __file__, "--process"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     sys.stderr.write(done.stderr)
     errors = [line for line in done.stderr.splitlines() if "Error: " in line]
@@ -564,126 +367,103 @@ def processes(setup):
     yield from done.stdout.splitlines()
 
 
-def exchange(numbers):
+def exchange():
     """What each process of `processes` runs: the exchanges of train.py, over NCCL on GPUs."""
-    device, rank, world = "cpu", distributed.RANK, distributed.WORLD
+    world, device, library = distributed.WORLD, "cpu", "gloo"
     if torch.cuda.is_available():
-        device = "cuda"
+        device, library = "cuda", "NCCL {}.{}.{}".format(*torch.cuda.nccl.version())
         torch.cuda.set_device(distributed.LOCAL_RANK)
     with distributed.group():
         if world == 1:  # a run of one process exchanges nothing; NCCL is tried all the same
             dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
         items = list(range(2 * world + 1))
-        gathered = distributed.gather([item**2 for item in distributed.mine(items)])
-        assert gathered == [item**2 for item in items], f"gathered {gathered}"
-        # 2^-40 is lost where the sum is not in float64.
-        tensor = torch.full((numbers,), rank + 1 + 2**-40, dtype=torch.float64, device=device)
+        gathered = distributed.gather(distributed.mine(items))
+        assert gathered == items, f"gathered {gathered}"
+        tensor = torch.ones(LORA_NUMBERS, dtype=torch.float64, device=device)
+        tensor += distributed.RANK + 2**-40  # which is lost where the sum is not in float64
         distributed.total(tensor)
         expected = world * (world + 1) // 2 + world * 2**-40
         assert (tensor == expected).all(), f"total {tensor[0]}, expected {expected}"
-        dist.all_reduce(tensor)  # `total` leaves it out where there is one process
-        assert (tensor == world * expected).all(), f"sum {tensor[0]}, expected {world * expected}"
         tensor.zero_()
-        ms = bench.medians({"all-reduce": lambda: dist.all_reduce(tensor)})["all-reduce"]
-        library = "NCCL {}.{}.{}".format(*torch.cuda.nccl.version()) if device == "cuda" else "gloo"
+        ms = bench.medians({"sum": lambda: dist.all_reduce(tensor)}, repeats=5)["sum"]
     distributed.say(f"- {world} processes over {library}: gathered and summed as expected")
-    distributed.say(f"- all-reduce of {numbers:,} numbers in float64: {ms / 1e3:.4f} s")
+    distributed.say(f"- all-reduce of {LORA_NUMBERS:,} numbers in float64: {ms / 1e3:.4f} s")
 
 
 # ---------------------------------------------------------------------------------------------
 # The report
 
-
-TITLE = "# What a GPU shows"
 SECTIONS = {
     "tests": ("The GPU against the CPU", tests),
-    "quantization": ("Bandwidth of fake_quantize_nvfp4", quantization),
-    "memory": ("Peak memory of SANA 1.6B", memory),
+    "quantization": (
+        "Bandwidth of fake_quantize_nvfp4; the goal is half of a copy's",
+        lambda c: bench.quantization(c.device),
+    ),
+    "memory": ("Peak memory of SANA 1.6B; the goal is within 10% of the dry run", memory),
     "processes": ("Processes, one on each GPU", processes),
     "speed": ("Speed of SANA 1.6B", speed),  # the last, because compilation takes longest
 }
 
 
-def first_line(*command):
-    """What a program prints; "unknown" where it cannot run."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT, check=True)
-        return done.stdout.strip().splitlines()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        return "unknown"
-
-
-def machine(setup, argv):
-    """Table rows: what was measured, where and with what."""
-    gpu = "none: every size is small, and no figure below means anything"
-    if setup.config.device != "cpu":
+def machine():
+    """Where and with what the figures were measured."""
+    gpu = "none: the models are small, and no figure below means anything"
+    if torch.cuda.is_available():
         p = torch.cuda.get_device_properties(0)
         gpu = f"{torch.cuda.device_count()} x {p.name}, sm{p.major}{p.minor}, "
-        gpu += f"{p.total_memory / 1e9:.1f} GB"
-    driver = first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    yield from header("what", "")
-    yield f"| GPU | {gpu} |"
-    yield f"| driver; CUDA of PyTorch | {driver}; {torch.version.cuda} |"
+        gpu += f"{p.total_memory / 1e9:.1f} GB, CUDA {torch.version.cuda}"
+    yield f"- GPU: {gpu}"
+    for name in ("torch", "diffusers", "peft"):
+        yield f"- {name}: {version(name)}"
     engine = te.version() if te.transformer_engine else f"none ({te.IMPORT_ERROR})"
-    yield f"| Transformer Engine | {engine} |"
-    versions = f"{torch.__version__}, {diffusers.__version__}, {platform.python_version()}"
-    yield f"| PyTorch, diffusers, Python | {versions} |"
-    yield f"| commit | {first_line('git', 'describe', '--always', '--dirty')} |"
-    yield f"| command | `{' '.join(['python experiments/gpu_check.py', *argv])}` |"
-    yield f"| date | {datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC |"
+    yield f"- Transformer Engine: {engine}"
+    commit = subprocess.getoutput(f"git -C '{PROJECT}' describe --always --dirty")
+    yield f"- commit: {commit}, on {datetime.date.today()}"
 
 
-def run_section(name, setup, failed):
-    """The lines of a section. An error ends it with a line of its own, after the lines that it had
-    before, and adds its name to the list `failed`."""
-    title, function = SECTIONS[name]
-    lines = []
+def run_section(name, c):
+    """The lines of a section, which are also printed. An error is its last line."""
+    (title, function), lines, start = SECTIONS[name], [], time.perf_counter()
 
-    def add(line):
-        print(line, flush=True)
-        lines.append(line)
+    def add(new_lines):
+        for line in new_lines:
+            print(line, flush=True)
+            lines.append(line)
 
-    add(f"\n## {title}\n")
-    try:
-        for line in function(setup):
-            add(line)
-    except Exception as error:
-        traceback.print_exc()
-        failed.append(name)
-        add(f"\n**Failed**: {describe(error)}")
+    add([f"\n## {title}\n"])
+    if error := attempt(lambda: add(function(c))):
+        add([f"\n{error}"])
+    add([f"\nThis section took {time.perf_counter() - start:.0f} seconds."])
     gc.collect()  # the next section needs the memory
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()
     return lines
 
 
 def main(argv=None):
     """Run the chosen sections and write the report after each; returns the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("sections", nargs="*", metavar="SECTION", help=", ".join(SECTIONS))
+    sections = dict(nargs="*", choices=["all", *SECTIONS], default="all")
+    parser.add_argument("sections", metavar="SECTION", help=", ".join(SECTIONS), **sections)
     parser.add_argument("--output", type=Path, default=PROJECT / "docs" / "gpu.md")
-    parser.add_argument("--process", type=int, help=argparse.SUPPRESS)  # one of `processes`
+    parser.add_argument("--process", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.process:
-        exchange(options.process)
+        exchange()
         return 0
-    unknown = set(options.sections) - SECTIONS.keys()
-    if unknown:
-        parser.error(f"no such section: {', '.join(unknown)}")
-    setup = setup_for("cuda" if torch.cuda.is_available() else "cpu")
-    head, report, seconds, failed = [TITLE, "", *machine(setup, argv)], [], {}, []
-    print("\n".join(head), flush=True)
-    for name in options.sections or SECTIONS:
-        start = time.perf_counter()
-        report += run_section(name, setup, failed)
-        seconds[name] = f"{name} {time.perf_counter() - start:.0f}"
-        lines = [*head, f"| seconds of each section | {', '.join(seconds.values())} |", *report]
+    # The published model's options, for which no file is read, or small ones.
+    run = "--device cpu --resolution 64 --micro_batch 4 --train_micro_batch 4 --pool 8 --keep 4"
+    if torch.cuda.is_available():
+        run = "--device cuda --pretrained --prompts none"
+    c = train.parse_options(run.split())
+    lines = ["# What a GPU shows", "", *machine()]
+    print("\n".join(lines), flush=True)
+    for name in SECTIONS if "all" in options.sections else options.sections:
+        lines += run_section(name, c)
         with written_whole(options.output) as path:
             path.write_text("\n".join(lines) + "\n")
-    return 1 if failed else 0
+    return int(FAILED in "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ import contextlib
 import functools
 import inspect
 import json
+import math
 import types
 import warnings
 import weakref
@@ -48,6 +49,7 @@ import diffusers
 import transformers
 
 from support import models, te
+from support.distributed import say
 from support.errors import require
 
 PUBLISHED = Path(__file__).with_name("published.json")
@@ -65,6 +67,15 @@ def published_configs():
     """{model: {part of its pipeline: its configuration}}, and the configuration of CLIPScore's CLIP
     under "clipscore"."""
     return json.loads(PUBLISHED.read_text())
+
+
+def small_configs():
+    """{model: {part of its pipeline: its configuration}} with few and narrow layers, for tests."""
+    published = published_configs()
+    return {
+        name: {part: config | changes.get(part, {}) for part, config in published[name].items()}
+        for name, changes in published["small"].items()
+    }
 
 
 def build(config):
@@ -316,27 +327,31 @@ class Stage(NamedTuple):
 
 def measured_stage(meter, function, n, steps, items):
     """(The Stage that runs function(n), bytes that it leaves on the GPU). `function` runs one of
-    the stage's `steps`. Memory is measured for n and n / 2; between and beyond it is a line."""
-    half = n // 2 or 2
+    the stage's `steps`. Memory is measured for n and n / 2, but for 8 and 4 where n is smaller,
+    since the autoencoder decodes in pieces; between and beyond it is a line."""
+    larger = max(n, 8)
+    half = larger // 2
     kept = measure(meter, function, half).kept
     # Measured when all that it keeps is there: AdamW makes its moments after the first peak.
-    first, second = measure(meter, function, half), measure(meter, function, n)
-    per_item = (second.transient - first.transient) / (n - half)
-    fixed = second.transient - n * per_item
-    return Stage(n, fixed, per_item, steps * second.flops / n, items), kept
+    first, second = measure(meter, function, half), measure(meter, function, larger)
+    per_item = (second.transient - first.transient) / (larger - half)
+    fixed = second.transient - larger * per_item
+    return Stage(n, fixed, per_item, steps * second.flops / larger, items), kept
 
 
 EXPLORERS = ("simulated", "Transformer Engine")
 MERGED, ENCODERS = "old policy merged in BF16", "text encoders"
+CLIP, LATENTS = "CLIPScore's CLIP in float32", "latents that are trained on"
 # Stages that draw, and which of what is resident does. A run has one explorer. With --low_memory it
 # has no merged copy, and the transformer regenerates.
 DRAWS = {f"explore, {kind}": f"explorer, {kind}" for kind in EXPLORERS}
 DRAWS |= {"regenerate": MERGED, "regenerate, LoRA not merged": "transformer"}
 
 
-def run_stages(c, rollout, pairs_loss, parts=None):
+def run_stages(c, rollout, pairs_loss, num_timesteps, parts=None):
     """Run each stage of an iteration for the options c (a Config). Returns ({what: bytes that are
-    resident}, {name: Stage}). parts: as for published_model."""
+    resident}, {name: Stage}). num_timesteps: at how many times each image is trained; parts: as for
+    published_model."""
     resident, stages, networks = {}, {}, {}
     with fake_gpu() as meter:
         model = published_model(c.model, c.resolution, GPU, parts=parts)
@@ -397,12 +412,13 @@ def run_stages(c, rollout, pairs_loss, parts=None):
         stages["decode"], _ = measured_stage(meter, decode, c.micro_batch, 1, explored + kept)
         policy = models.lora_parameters(transformer, "default")
         optimizer = torch.optim.AdamW(policy, lr=c.learning_rate)
-        pairs = kept * max(1, int(c.timestep_fraction * c.rollout_steps))
-        stages["update"], left = measured_stage(meter, update, c.train_micro_batch, 1, pairs)
+        work = 1, kept * num_timesteps
+        stages["update"], left = measured_stage(meter, update, c.train_micro_batch, *work)
         resident["AdamW's moments"] = left
+        resident[LATENTS] = 4 * kept * math.prod(model.latent_shape)
     with torch.device("meta"):
         clip = build(published_configs()["clipscore"])
-    resident["CLIPScore's CLIP in float32"] = 4 * sum(p.numel() for p in clip.parameters())
+    resident[CLIP] = 4 * sum(p.numel() for p in clip.parameters())
     return resident, stages
 
 
@@ -446,26 +462,26 @@ def table(header, rows):
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
-def report(config, rollout, pairs_loss, parts=None):
+def report(config, rollout, pairs_loss, num_timesteps, parts=None):
     """Print the dry run for the options `config` (a Config) in Markdown. rollout: the module;
-    pairs_loss: train.py's. parts: as for published_model. Raises InputError if the options are not
-    those of Sol-RL with a published model."""
+    pairs_loss, num_timesteps: train.py's; parts: as for published_model. Raises InputError if the
+    options are not those of Sol-RL with a published model."""
     c = config
     known = c.pretrained == "published" and c.algorithm == "sol_rl" and "nvfp4" in c.precision
     require(known, "--dry_run: is for --pretrained without a value, sol_rl and nvfp4")
-    resident, stages = run_stages(c, rollout, pairs_loss, parts)
+    resident, stages = run_stages(c, rollout, pairs_loss, num_timesteps, parts)
     micro_batches = c.micro_batch, c.train_micro_batch
     simulated, engine = (
         peaks(resident, stages, kind, c.low_memory, *micro_batches) for kind in EXPLORERS
     )
     on = lambda option: "on" if option else "off"  # noqa: E731
-    print(
+    say(
         f"{models.MODELS[c.model].published} at {c.resolution} x {c.resolution} pixels in BF16, "
         f"LoRA of rank {c.lora_rank}, gradient checkpointing {on(c.gradient_checkpointing)}, "
         f"--low_memory {on(c.low_memory)}, prompts of the largest length. Memory is that of one "
-        "GPU, 1 GB is 10^9 bytes. It is measured at the micro-batch and at half of it; other "
-        "micro-batches are on the straight line through the two. FLOPs are those of all "
-        f"{c.prompts_per_step} prompts of an iteration.\n"
+        f"GPU that draws and trains all {c.prompts_per_step} prompts of an iteration, 1 GB is 10^9 "
+        "bytes. It is measured at the micro-batch and at half of it; other micro-batches are on "
+        "the straight line through the two. FLOPs are those of the whole iteration.\n"
     )
     of_stage = {"explore": stages["explore, simulated"]}
     of_stage["regenerate"] = stages["regenerate, LoRA not merged" if c.low_memory else "regenerate"]
@@ -481,14 +497,14 @@ def report(config, rollout, pairs_loss, parts=None):
             row[6] = f"{flops[name] / sum(flops.values()):.0%}"
         rows.append(row)
     header = ["stage", "micro-batch", *(f"peak GB, {kind}" for kind in EXPLORERS)]
-    print(table([*header, "of it grows", "TFLOPs", "share of FLOPs"], rows))
-    print(
+    say(table([*header, "grows by", "TFLOPs", "share of FLOPs"], rows))
+    say(
         f"\nAn iteration takes {sum(flops.values()) / 1e15:.4g} PFLOPs, without those of the "
         "reward and the text encoders.\n"
     )
     sizes = [[name, f"{size / GB:.1f}"] for name, size in resident.items()]
-    print(table(["on the GPU all the time", "GB"], sizes))
-    print(
+    say(table(["on the GPU all the time", "GB"], sizes))
+    say(
         "\nA run has one of the two explorers. With --low_memory there is no merged copy, and the "
         "text encoders are on the GPU only while they encode.\n"
     )
@@ -500,15 +516,15 @@ def report(config, rollout, pairs_loss, parts=None):
             fits = needed[largest_stage] <= limit
             row = [f"{card} GB", kind, "yes" if fits else f"no: {largest_stage}"]
             for low_memory in (False, True):
-                largest = largest_micro_batches(
-                    resident, stages, kind, low_memory, limit, (c.pool, c.keep)
-                )
+                most = c.pool, c.keep * num_timesteps
+                largest = largest_micro_batches(resident, stages, kind, low_memory, limit, most)
                 row.append("{} and {}".format(*largest) if all(largest) else "none")
             rows.append(row)
-    header = ["card", "explorer", "these options fit", "largest micro-batches"]
-    print(table([*header, "the same with --low_memory"], rows))
-    print(
+    header = ["card", "explorer", "these options fit", "largest that fit (see below)"]
+    say(table([*header, "the same with --low_memory"], rows))
+    say(
         f"\n{USABLE:.0%} of a card counts; the rest is for fragmentation, CUDA's context and "
-        "workspaces. Micro-batches are --micro_batch and --train_micro_batch, at most --pool and "
-        "--keep."
+        "workspaces. The largest that fit: --micro_batch, at most the pool, and "
+        "--train_micro_batch, at most the pairs of a prompt. Transformer Engine's FP4 needs a "
+        "Blackwell card."
     )

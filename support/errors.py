@@ -78,7 +78,8 @@ def exit_code(program, function):
         reason = one_line(error).split(". ")[0]
         if not isinstance(error, MemoryError) and not re.search(OUT_OF_MEMORY, reason):
             raise
-        code, line = 1, f"{reason}; lower --micro_batch or --resolution"
+        advice = "lower --micro_batch, --train_micro_batch or --resolution, or give --low_memory"
+        code, line = 1, f"{reason}; {advice}"
     rank = f"rank {distributed.RANK}: " if distributed.RANK else ""
     print(f"{program}: {rank}{line}", file=sys.stderr)
     return code

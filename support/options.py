@@ -37,7 +37,7 @@ class Config:
     eval_rewards: str = option("", "rewards that are only measured, on the held-out prompts")
     prompts: str = option("", "file with one prompt per line, or .jsonl with 'prompt' and metadata")
     eval_prompts: str = option("", "file of held-out prompts; else every tenth prompt, at most 64")
-    pipeline_text: bool = option(False, "encode prompts as the pipeline does, not as the paper")
+    pipeline_text: bool = option(False, "encode as the pipeline does, not the authors' code")
     resolution: int = option(None, "side of the images in pixels", tiny=32)
 
     steps: int = option(300, "iterations, one optimizer step each", tiny=20)
@@ -56,12 +56,12 @@ class Config:
     micro_batch: int = option(24, "images drawn at once", tiny=96)
     train_micro_batch: int = option(16, "(image, time) pairs trained on at once", tiny=144)
     gradient_checkpointing: bool = option(True, "less memory, more time in the update", tiny=False)
-    low_memory: bool = option(False, "no merged BF16 copy; text encoders wait on the CPU")
-    dry_run: bool = option(False, "print what the run would need of a GPU, and end")
+    low_memory: bool = option(False, "slower: LoRA not merged for BF16, text encoders on the CPU")
+    dry_run: bool = option(False, "only print what --pretrained with nvfp4 needs of a GPU")
 
     learning_rate: float = option(3e-4, "learning rate of AdamW", tiny=1e-3)
     max_grad_norm: float = option(1.0, "the gradient is clipped to this norm")
-    lora_rank: int = option(32, "rank of the LoRA; its alpha is twice the rank", tiny=16)
+    lora_rank: int = option(32, "rank of the LoRA; a new one's alpha is twice that", tiny=16)
     kl: float = option(1e-4, "weight of the KL term against the base model")
     timestep_fraction: float = 0.6  # share of the sampling times at which each image is trained
     nft_beta: float = 1.0  # beta of the NFT loss, the policy mix
@@ -77,6 +77,12 @@ class Config:
     report_to: str = option("none", "where metrics also go", ("none", "tensorboard", "wandb"))
 
     checkpoint = None  # neither option nor constant: the Checkpoint that --resume found
+
+    @property
+    def compiled(self):
+        """Whether what draws candidates is compiled."""
+        by_default = bool(self.pretrained) and self.device.startswith("cuda")
+        return by_default if self.compile is None else self.compile
 
 
 # What the help text says of defaults that are not the same for all models and devices.
@@ -146,7 +152,8 @@ def parse(argv, choices, paper, description=None):
     if not config.output_dir:
         now = time.strftime("%m%d-%H%M%S") + f"{time.time() % 1:.3f}"[1:]
         config.output_dir = f"runs/{config.model}_{config.algorithm}_{now}"
-    check_machine(config)
+    if not config.dry_run:
+        check_machine(config)
     return config
 
 
@@ -169,9 +176,9 @@ def resumed_config(given, paper):
     require(folder, "--resume '': give a run's folder, or latest")
     newest = checkpoint.newest(folder)
     saved = {name: value for name, value in newest.options.items() if name in FIELDS}
-    unknown = sorted(newest.options.keys() - saved.keys())
-    if unknown:
-        newest.notes.append(f"ignored, since they are no options any more: {', '.join(unknown)}")
+    unknown = ", ".join(sorted(newest.options.keys() - saved.keys()))
+    reason = f"another version made the run, with the options {unknown}; start a new run"
+    require(not unknown, f"--resume {folder}: {reason}")
     for name in ("reward", "eval_rewards"):  # a file is executed only if the user names it here
         if ".py:" in str(saved.get(name)) and name not in given:
             trust = f"if you trust it, add --{name} {saved[name]}"
@@ -198,7 +205,7 @@ def check_values(c, choices):
     for name, field in OPTIONS.items():
         value, types = getattr(c, name), (int, float) if field.type is float else field.type
         if name == "compile" and value is None:
-            continue  # check_machine sets it, once the device is known
+            continue
         require(isinstance(value, types), f"--{name} {value!r}: must be {field.type.__name__}")
         allowed = field.metadata["choices"] or choices.get(name)
         if allowed:
@@ -225,8 +232,6 @@ def check_machine(c):
     require(world == 1 or ":" not in c.device, index)
     if c.device == "auto":
         c.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if c.compile is None:
-        c.compile = bool(c.pretrained) and c.device.startswith("cuda")
     try:
         device = torch.device(c.device)
         if device.type == "cuda" and torch.cuda.is_available():

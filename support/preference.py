@@ -32,19 +32,20 @@ def resize_and_crop(images, side, round_offset):
     h, w = images.shape[-2:]
     for size in (w, h):  # along x, then along y; each pass transposes the picture
         resized = int(side * size / min(h, w))
-        weights = bicubic_weights(size, resized, round_offset((resized - side) / 2), side, images)
+        weights = bicubic_weights(size, resized, round_offset((resized - side) / 2), side)
+        weights = weights.to(images.device)
         # Sums of these whole numbers are exact in float64: every device rounds the same values.
         pixels = (pixels @ weights.T / 2**22 + 0.5).floor().clamp(0, 255).mT
     return pixels
 
 
-def bicubic_weights(size, resized, start, side, images):
+def bicubic_weights(size, resized, start, side):
     """Pillow's filter that resizes a line of `size` pixels to `resized` pixels, as a matrix: its
-    rows start, ..., start + side - 1, float64 (side, size) on the images' device. As in Pillow, a
+    rows start, ..., start + side - 1, float64 (side, size) on the CPU. As in Pillow, a
     weight is a whole number, in units of 1 / 2 ** 22. F.interpolate does not round its weights, so
     it rounds ties between two 8-bit values differently."""
-    target = torch.arange(start, start + side, dtype=torch.float64, device=images.device)
-    source = torch.arange(size, dtype=torch.float64, device=images.device)
+    target = torch.arange(start, start + side, dtype=torch.float64)
+    source = torch.arange(size, dtype=torch.float64)
     distance = source + 0.5 - (target[:, None] + 0.5) * size / resized  # of the pixels' centres
     x = distance.abs() / max(1, size / resized)
     weights = torch.where(x < 1, (1.5 * x - 2.5) * x**2 + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2)

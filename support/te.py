@@ -117,12 +117,13 @@ class TEMatmul(nn.Module):
         self.set_weight(weight)
 
     def set_weight(self, weight):
-        """weight (out, in), of which te.Linear keeps this tensor and no copy: a layer that LoRA does
-        not adapt shares it with the transformer. The next call of `forward` quantizes it; later
-        ones use the result."""
+        """weight (out, in). te.Linear keeps this tensor and no copy, so a layer that LoRA does not
+        adapt shares it with the transformer. The next call of `forward` quantizes it; later ones
+        use the result."""
         self.linear.weight.data = weight.detach().to(torch.bfloat16)
         self.weight_changed = True
 
+    @torch.compiler.disable  # the compiler cannot look into Transformer Engine
     @torch.no_grad()
     def forward(self, x):
         te = transformer_engine.pytorch

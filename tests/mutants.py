@@ -41,7 +41,6 @@ STEP_AND_FOLLOW = """        metrics = update(run, samples, step)
         models.follow(transformer, "old", eta=min(0.001 * s, 0.5))
 """
 FOLLOW_FIRST = "".join(STEP_AND_FOLLOW.splitlines(keepends=True)[i] for i in (1, 2, 0))
-SCORES = "scores = distributed.gather([candidates.scores for candidates in samples])"
 TIMES = "torch.rand(num_samples, len(times), generator=generator).argsort(dim=1)"
 CLIP = (
     "    norm = torch.nn.utils.clip_grad_norm_(policy, c.max_grad_norm, error_if_nonfinite=True)\n"
@@ -58,8 +57,8 @@ MISTAKES = [
     Mistake(
         "advantages from the explorer's rewards",
         "train.py",
-        SCORES,
-        SCORES.replace("candidates.scores for candidates in samples", "k[0].scores for k in drawn"),
+        'group_advantages(rewards["weighted_sum"],',
+        "group_advantages(torch.stack(proxies),",
     ),
     Mistake(
         "old policy follows before the optimizer step", "train.py", STEP_AND_FOLLOW, FOLLOW_FIRST
@@ -505,8 +504,8 @@ MISTAKES = [
     Mistake(
         "proxy's ranks are those of the last stage",
         "train.py",
-        "kept[0].rewards_of(kept[-1].seeds)",
-        "kept[-1].rewards_of(kept[-1].seeds)",
+        "kept[0].rewards_of(seeds)",
+        "kept[-1].rewards_of(seeds)",
         (*METHOD, *RUNS),
     ),
     Mistake(

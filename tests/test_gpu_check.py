@@ -8,6 +8,8 @@ import torch
 
 from experiments import bench, gpu_check
 
+QUANTIZATION = gpu_check.SECTIONS["quantization"][0]
+
 
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch):
@@ -17,6 +19,7 @@ def on_the_cpu(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # for the processes that it starts
     monkeypatch.setitem(bench.MODES, "compiled", lambda function: function)
     monkeypatch.setitem(bench.SHAPES, "cpu", ((96, 40),))
+    monkeypatch.setattr(gpu_check, "LAYER", (64, 96))
 
 
 def run(tmp_path, *sections):
@@ -39,24 +42,26 @@ def test_every_section_runs_or_says_why_it_cannot(tmp_path):
     assert code == 0 and "**" not in str(report)
     assert list(report) == [title for title, _ in gpu_check.SECTIONS.values()] + [""]
 
-    head = cells(report[""])
-    assert head["GPU"][0].startswith("none") and torch.__version__ in str(head)
-    assert all(name in head["seconds of each section"][0] for name in gpu_check.SECTIONS)
+    assert report[""][2].startswith("- GPU: none") and torch.__version__ in str(report[""])
+    assert all("This section took" in report[title][-1] for title, _ in gpu_check.SECTIONS.values())
 
     tests = cells(report["The GPU against the CPU"])
-    assert len(tests) == 1 + 7 + 4  # a table's head, checks, precisions of Transformer Engine
-    assert "not run: no Blackwell" in str(tests["Transformer Engine, nvfp4: a layer of 64 -> 96"])
+    assert len(tests) == 2 + 5 + 4  # a table's head, checks, precisions of a layer
+    assert "Transformer Engine not run: no Blackwell" in str(tests)
 
-    steps = cells(report["Speed of SANA 1.6B"])
-    assert float(steps["BF16"][1]) == 1 and float(steps["NVFP4, simulated"][0]) > 0
-    assert steps["FP8, Transformer Engine"][0].startswith("not run: no GPU with FP8")
-    iterations = [name for name in steps if name.startswith(("naive_scaling", "sol_rl"))]
-    assert iterations == ["naive_scaling, BF16", "sol_rl, NVFP4, simulated"]
+    memory = cells(report["Peak memory of SANA 1.6B; the goal is within 10% of the dry run"])
+    assert list(memory)[2:] == ["explore", "regenerate", "decode", "update"]
+    assert float(memory["update"][1]) > float(memory["explore"][1]) > 0
 
     assert "2 processes over gloo" in str(report["Processes, one on each GPU"])
-    memory = report["Peak memory of SANA 1.6B"]
-    assert memory[0].startswith("No CUDA") and "| update | nan |" in memory
-    assert float(cells(memory)["update"][0]) > float(cells(memory)["explore, simulated"][0]) > 0
+
+    speed = cells(report["Speed of SANA 1.6B"])
+    assert float(speed["bf16: PyTorch, eager"][1]) == 1
+    simulated = "nvfp4: simulated (no Blackwell: this is cpu), compiled"
+    assert float(speed[simulated][0]) > 0
+    iterations = [name for name in speed if name.startswith(("naive_scaling", "sol_rl"))]
+    assert len(iterations) == 2 * 3
+    assert speed["naive_scaling, bf16, eager"][-1] == "1.00"
 
 
 def test_an_error_is_a_line_and_the_other_sections_run(tmp_path, monkeypatch):
@@ -66,40 +71,37 @@ def test_an_error_is_a_line_and_the_other_sections_run(tmp_path, monkeypatch):
 
     monkeypatch.setitem(gpu_check.SECTIONS, "tests", ("Broken", broken))
     code, report = run(tmp_path, "tests", "quantization")
-    assert code == 1 and list(report) == ["Broken", "Bandwidth of fake_quantize_nvfp4", ""]
+    assert code == 1 and list(report) == ["Broken", QUANTIZATION, ""]
     said = [line for line in report["Broken"] if line]
-    assert said == ["before the error", "**Failed**: RuntimeError: CUDA error: no kernel / image"]
-    assert "(96, 40), compiled" in cells(report["Bandwidth of fake_quantize_nvfp4"])
+    error = "**failed**: RuntimeError: CUDA error: no kernel / image"
+    assert said[:-1] == ["before the error", error]
+    assert "(96, 40), compiled" in cells(report[QUANTIZATION])
 
 
 def test_a_check_that_fails_is_a_row_with_its_figures_and_the_other_checks_run(
     tmp_path, monkeypatch
 ):
     def wrong(x, *form):
-        return gpu_check.quant.quantize_nvfp4(x, *form).dequantize(x.dtype) + (x == x.max())
+        return gpu_check.quant.quantize_nvfp4(x, *form).dequantize(x.dtype) * (1 + (x == x.max()))
 
     monkeypatch.setitem(bench.MODES, "compiled", lambda function: wrong)
-    checks = gpu_check.check_fake_quantization, gpu_check.check_noise
+    checks = gpu_check.check_quantization, gpu_check.check_reference
     monkeypatch.setattr(gpu_check, "CHECKS", checks)
     code, report = run(tmp_path, "tests")
-    _, (failed,), *others = cells(report["The GPU against the CPU"]).values()
-    assert code == 1 and failed.startswith("**failed**: AssertionError")
-    assert "'compiled, torch.float32, ((1, 16), False, False)': '1 of 7200 differ'" in failed
+    _, _, (failed,), *others = cells(report["The GPU against the CPU"]).values()
+    expected = "compiled with ((1, 16), False, False): 1 of 2232000 differ"
+    assert code == 1 and failed == f"**failed**: AssertionError: {expected}"
     assert len(others) == 1 + 4 and "**" not in str(others)
-    assert "**Failed**: AssertionError: 1 of 6 checks" in report["The GPU against the CPU"]
 
 
-def test_layers_of_transformer_engine_are_checked_and_timed_where_it_runs(tmp_path, monkeypatch):
+def test_transformer_engine_is_checked_and_timed_where_it_runs(tmp_path, monkeypatch):
     fake_te.install(monkeypatch)
     monkeypatch.setattr(gpu_check, "CHECKS", ())
     code, report = run(tmp_path, "tests", "speed")
     assert code == 0
-    tests = cells(report["The GPU against the CPU"])
-    agree = "Transformer Engine 2.20.2 agrees with the simulation"
-    assert [tests[name] for name in tests if name.startswith("Transformer")] == [[agree]] * 4
-    steps = cells(report["Speed of SANA 1.6B"])
-    assert float(steps["NVFP4, Transformer Engine"][0]) > 0
-    assert len([name for name in steps if name.startswith("sol_rl")]) == 3
+    assert str(report["The GPU against the CPU"]).count("Transformer Engine 2.20.2 agrees") == 4
+    speed = cells(report["Speed of SANA 1.6B"])
+    assert float(speed["nvfp4: Transformer Engine 2.20.2 on sm100, eager"][0]) > 0
 
 
 def test_an_iteration_is_counted_in_micro_batches():
@@ -107,11 +109,11 @@ def test_an_iteration_is_counted_in_micro_batches():
     steps, regenerates one in 10, and updates on 24 * 6 / 16 = 9."""
     paper = ["--pretrained", "--prompts", "none", "--device", "cpu"]
     c = gpu_check.train.parse_options(paper)
-    seconds = {"bf16": 3.0, "nvfp4": 1.0, "decode": 0.5, "update": 2.0}
-    expected = {"explore": 6 * 4 * 6.5, "regenerate": 6 * 30.5, "update": 6 * 9 * 2}
-    assert gpu_check.iteration_seconds(c, "sol_rl", seconds) == expected
-    expected = {"explore": 6 * 4 * 30.5, "update": 6 * 9 * 2}
-    assert gpu_check.iteration_seconds(c, "naive_scaling", seconds) == expected
+    seconds = dict(bf16=3.0, decode=0.5, update=2.0)
+    expected = 6 * 4 * 6.5, 6 * 30.5, 6 * 9 * 2
+    assert gpu_check.iteration_seconds(c, explorer=1.0, **seconds) == expected
+    expected = 6 * 4 * 30.5, 0, 6 * 9 * 2
+    assert gpu_check.iteration_seconds(c, explorer=None, **seconds) == expected
 
 
 def test_a_process_that_fails_is_the_error_of_its_section(tmp_path, monkeypatch):
@@ -120,4 +122,4 @@ def test_a_process_that_fails_is_the_error_of_its_section(tmp_path, monkeypatch)
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
     code, report = run(tmp_path, "processes")
     assert code == 1
-    assert "DistBackendError: NCCL error" in report["Processes, one on each GPU"][-1]
+    assert "DistBackendError: NCCL error" in str(report["Processes, one on each GPU"])

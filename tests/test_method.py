@@ -503,12 +503,21 @@ def updated(world):
     return update
 
 
-def test_micro_batches_change_nothing(updated):
+def test_micro_batches_change_nothing(updated, monkeypatch):
     """Of one (sample, time) pair, of five, or of a prompt's twelve: the same noise, the same
     gradient up to rounding. The micro-batch of the update is not that of the rollout."""
+    real, sizes = train.nft_loss, []
+
+    def recorded(v, *more):
+        sizes.append(len(v))
+        return real(v, *more)
+
     gradient, _ = updated()
+    monkeypatch.setattr(train, "nft_loss", recorded)
     for size in (1, 5):
+        sizes.clear()
         other, _ = updated(train_micro_batch=size)
+        assert max(sizes) == size and sum(sizes) == 24
         assert (other - gradient).norm() < 1e-4 * gradient.norm()
 
 

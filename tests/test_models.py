@@ -312,6 +312,16 @@ def test_lora_adapts_the_attention_layers_of_the_paper(name, adapted, world):
     assert len(layers) == adapted and all("attn" in layer for layer in layers)
 
 
+def test_a_lora_that_cannot_be_merged_is_refused(world, tmp_path):
+    """DoRA scales the merged weight, which peft's get_delta_weight leaves out."""
+    model = load(world, "sana")
+    dora = LoraConfig(r=4, target_modules=["to_q"], use_dora=True)
+    model.transformer.add_adapter(dora, adapter_name="default")
+    models.save_lora(model, "default", tmp_path)
+    with pytest.raises(InputError, match=f"--lora {tmp_path}: a DoRA"):
+        models.add_lora(load(world, "sana"), 4, 8, str(tmp_path))
+
+
 def test_nothing_in_a_pretrained_folder_is_executed(world, tmp_path):
     class Evil:
         def __reduce__(self):

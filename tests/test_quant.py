@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -495,3 +496,15 @@ def test_a_new_weight_replaces_the_old_one():
     b.bias = a.bias
     x = torch.randn(4, 32)
     assert torch.equal(layer(x), simulated(b, "nvfp4")(x))
+
+
+def test_a_compiled_layer_is_not_compiled_again_for_each_number_of_tokens():
+    """As prompts have; the second number makes it one for any number."""
+    counters.clear()
+    weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    layer = quant.SimulatedMatmul(weight, None, quant.PRECISIONS["nvfp4"])
+    compiled = torch.compile(layer, backend="eager")
+    for tokens in (40, 50, 61, 72, 85):
+        x = torch.randn(tokens, 64, generator=torch.Generator().manual_seed(tokens)).bfloat16()
+        assert torch.equal(compiled(x), layer(x))
+    assert counters["stats"]["unique_graphs"] <= 2

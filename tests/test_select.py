@@ -34,6 +34,8 @@ def test_the_other_rules():
     assert len(set(chosen)) == 3 and chosen == selection.random_subset(REWARDS, 3, seed=1)
     mixed = selection.extremes_random(REWARDS, 4)
     assert mixed[:2] == [1, 4] and len(set(mixed)) == 4  # one highest, one lowest, random ones
+    assert selection.extremes_random(REWARDS, 2) == [1, 4]
+    assert sorted(selection.extremes_random(REWARDS, len(REWARDS))) == list(range(len(REWARDS)))
     mixed = selection.extremes_random(list(range(100)), 24)
     assert mixed[:2] == [99, 0] and len(set(mixed)) == 24
     assert sorted(mixed)[1:-1] != [*range(1, 12), *range(88, 99)]  # as best_worst would

@@ -456,7 +456,8 @@ def test_out_of_memory_is_a_line_that_says_what_would_do(tmp_path, world, monkey
     monkeypatch.setattr(train, "iteration", iteration)
     assert train.main([*MINIATURE, "--output_dir", str(tmp_path / "run")]) == 1
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert said == "train.py: CUDA out of memory; lower --micro_batch or --resolution"
+    advice = "lower --micro_batch, --train_micro_batch or --resolution, or give --low_memory"
+    assert said == f"train.py: CUDA out of memory; {advice}"
 
 
 def test_another_models_folder_is_named_and_so_is_what_is_broken(world, tmp_path, capsys):
