@@ -468,7 +468,7 @@ def report(config, rollout, pairs_loss, num_timesteps, parts=None):
     options are not those of Sol-RL with a published model."""
     c = config
     known = c.pretrained == "published" and c.algorithm == "sol_rl" and "nvfp4" in c.precision
-    require(known, "--dry_run: is for --pretrained without a value, sol_rl and nvfp4")
+    require(known, "--dry_run: needs --pretrained without a value, sol_rl and nvfp4")
     resident, stages = run_stages(c, rollout, pairs_loss, num_timesteps, parts)
     micro_batches = c.micro_batch, c.train_micro_batch
     simulated, engine = (

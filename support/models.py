@@ -367,7 +367,9 @@ def add_lora(model, rank, alpha, path=""):
             model.pipe.load_lora_weights(path, **options)
             config = transformer.peft_config[ADAPTERS[0]]
         except Exception as error:  # broken files raise exceptions of any kind
-            raise InputError(f"--lora {path}: cannot be loaded: {one_line(error)}") from error
+            advice = f"give a folder or file with a LoRA for {model.pipeline.__name__}"
+            problem = f"cannot be loaded ({one_line(error)}); {advice}"
+            raise InputError(f"--lora {path}: {problem}") from error
         fits = config.r == rank
         require(fits, f"--lora_rank {rank}: --lora {path} has rank {config.r}; give that")
         merges = not config.use_dora and not config.lora_bias
