@@ -175,8 +175,8 @@ def _scale_blocks(tiles, four_over_six, row_scaled):
 def _block_scales(block_amax, amax, scale_max=E4M3_MAX, on_four=None):
     """(s of each block as float32, its multiplier 1 / d). on_four: None for plain NVFP4; for
     four-over-six, whether the block's largest element becomes code 4 instead of 6."""
-    # On a GPU only torch.div of two tensors is a true division: a tensor divided by a number is
-    # multiplied by its reciprocal, and a number divided by a tensor by that of the tensor.
+    # torch.div of two tensors is a true division on every device. `number / tensor` multiplies by
+    # the tensor's reciprocal and, on a GPU, `tensor / number` by the number's.
     s_enc = torch.div(torch.full_like(amax, E2M1_MAX * scale_max), amax).clamp(max=FLT_MAX)
     s_enc = torch.where(amax == 0, 1.0, s_enc)
     if on_four is None:

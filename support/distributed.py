@@ -37,10 +37,10 @@ def group():
         dist.destroy_process_group()
 
 
-def say(text, **print_options):
+def say(text):
     """Print a line, in the first process only, above the progress bar."""
     if RANK == 0:
-        tqdm.write(text, **print_options)
+        tqdm.write(text)
 
 
 def mine(items):

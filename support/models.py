@@ -83,11 +83,11 @@ class Model:
         self.latent_shape = (self.vae.config.latent_channels, side, side)
 
     def token_limit(self, tokenizer):
-        """Number of tokens of a prompt that are read: the pipeline's limit or the tokenizer's."""
-        limits = dict(self.token_limits)
-        if self.pipeline_text:
-            limits[list(limits)[-1]] = self.pipeline_tokens
-        return min(limits[tokenizer], getattr(self.pipe, tokenizer).model_max_length)
+        """Number of tokens of a prompt that are read, at most as many as the tokenizer allows."""
+        limit = self.token_limits[tokenizer]
+        if self.pipeline_text and tokenizer == list(self.token_limits)[-1]:
+            limit = self.pipeline_tokens
+        return min(limit, getattr(self.pipe, tokenizer).model_max_length)
 
     def cut_off(self, prompts):
         """A line for each tokenizer for which some of the prompts are too long."""
@@ -361,10 +361,10 @@ def add_lora(model, rank, alpha, path=""):
     options = dict(init_lora_weights="gaussian", target_modules=list(model.lora_targets))
     config = LoraConfig(r=rank, lora_alpha=alpha, **options)
     if path:
-        diffusers.utils.logging.set_verbosity_error()  # it would miss text encoders' parts
+        # diffusers would warn that the LoRA has no weights for the text encoders.
+        diffusers.utils.logging.set_verbosity_error()
         try:
-            options = dict(adapter_name=ADAPTERS[0], use_safetensors=True)
-            model.pipe.load_lora_weights(path, **options)
+            model.pipe.load_lora_weights(path, adapter_name=ADAPTERS[0], use_safetensors=True)
             config = transformer.peft_config[ADAPTERS[0]]
         except Exception as error:  # broken files raise exceptions of any kind
             advice = f"give a folder or file with a LoRA for {model.pipeline.__name__}"

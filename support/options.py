@@ -204,7 +204,7 @@ def check_values(c, choices):
     """Check each value, which a checkpoint may give any type, and what two of them must fulfil."""
     for name, field in OPTIONS.items():
         value, types = getattr(c, name), (int, float) if field.type is float else field.type
-        if name == "compile" and value is None:
+        if name == "compile" and value is None:  # then Config.compiled decides
             continue
         require(isinstance(value, types), f"--{name} {value!r}: must be {field.type.__name__}")
         allowed = field.metadata["choices"] or choices.get(name)

@@ -41,9 +41,9 @@ def resize_and_crop(images, side, round_offset):
 
 def bicubic_weights(size, resized, start, side):
     """Pillow's filter that resizes a line of `size` pixels to `resized` pixels, as a matrix: its
-    rows start, ..., start + side - 1, float64 (side, size) on the CPU. As in Pillow, a
-    weight is a whole number, in units of 1 / 2 ** 22. F.interpolate does not round its weights, so
-    it rounds ties between two 8-bit values differently."""
+    rows start, ..., start + side - 1, float64 (side, size) on the CPU. As in Pillow, a weight is a
+    whole number, in units of 1 / 2 ** 22. F.interpolate does not round its weights, so it rounds
+    ties between two 8-bit values differently."""
     target = torch.arange(start, start + side, dtype=torch.float64)
     source = torch.arange(size, dtype=torch.float64)
     distance = source + 0.5 - (target[:, None] + 0.5) * size / resized  # of the pixels' centres

@@ -68,6 +68,17 @@ def load(world, name, solver=None):
     return models.load(name, world / name, 32, solver, dtype=torch.float32)
 
 
+def with_policies(model):
+    """Add LoRA to a model. Returns its transformer, whose policy, old policy and base differ."""
+    from support import models
+
+    models.add_lora(model, 4, 8)
+    for p in models.lora_parameters(model.transformer, "default"):
+        p.data.add_(0.05)
+    models.follow(model.transformer, "old", eta=0.25)
+    return model.transformer
+
+
 @pytest.fixture(scope="session")
 def sana(world):
     return load(world, "sana")

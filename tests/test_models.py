@@ -12,19 +12,16 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import MODEL_NAMES, PROJECT, load
+from conftest import MODEL_NAMES, PROJECT, load, with_policies
 from diffusers import (
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
-    FluxTransformer2DModel,
-    SanaTransformer2DModel,
-    SD3Transformer2DModel,
 )
 from peft import LoraConfig
 
 import quant
 from rollout import initial_noise, sample, sampling_times
-from support import models
+from support import dry_run, models
 from support.errors import InputError
 from support.world import TRAIN_PROMPTS, draw
 
@@ -187,23 +184,6 @@ def test_a_copy_whose_text_encoder_is_a_variant_only_loads_like_the_published_on
     assert torch.equal(texts[0].embeds, texts[1].embeds)
 
 
-PUBLISHED = {  # the published transformers' sizes; the classes' defaults but for these
-    "sana": (SanaTransformer2DModel, {}),
-    "flux": (FluxTransformer2DModel, dict(guidance_embeds=True)),
-    "sd3": (
-        SD3Transformer2DModel,
-        dict(
-            num_layers=38,
-            num_attention_heads=38,
-            joint_attention_dim=4096,
-            caption_projection_dim=2432,
-            pos_embed_max_size=192,
-            qk_norm="rms_norm",
-        ),
-    ),
-}
-
-
 @pytest.mark.parametrize(
     "name, billions, quantized, adapted",
     [("sana", 1.6, 40, 160), ("flux", 11.9, 495, 190), ("sd3", 8.1, 76, 303)],
@@ -213,9 +193,8 @@ def test_at_published_size_the_papers_layers_are_quantized_and_adapted(
 ):
     """SANA: the two 1x1 convolutions of 20 feed-forwards. FLUX.1: 14 layers of 19 double blocks, 6
     of 38 single ones, the last. SD3.5: the two of 38 feed-forwards. (Meta: shapes, no numbers.)"""
-    kind, sizes = PUBLISHED[name]
     with torch.device("meta"):
-        transformer = kind(**sizes).to(torch.bfloat16)
+        transformer = dry_run.build(dry_run.published_configs()[name]["transformer"])
     assert sum(p.numel() for p in transformer.parameters()) / 1e9 == pytest.approx(
         billions, abs=0.1
     )
@@ -280,11 +259,7 @@ def test_velocity_is_noise_minus_data_at_times_from_0_to_1(model, monkeypatch):
 def test_policies_switch_and_switch_back(name, world):
     model = load(world, name)
     base = copy.deepcopy(model.transformer)
-    models.add_lora(model, 4, 8)
-    transformer = model.transformer
-    for p in models.lora_parameters(transformer, "default"):
-        p.data.add_(0.05)
-    models.follow(transformer, "old", eta=0.25)
+    transformer = with_policies(model)
     text = model.encode(["a small plain red ring at the top"])
     x, t = torch.randn(1, *model.latent_shape), torch.tensor([0.5])
 

@@ -4,7 +4,7 @@ import types
 
 import pytest
 import torch
-from conftest import MODEL_NAMES, load
+from conftest import MODEL_NAMES, load, with_policies
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from reward import build_reward
@@ -127,11 +127,7 @@ def test_row_scaled_nvfp4_makes_an_image_independent_of_its_micro_batch(world):
 def test_a_copy_is_the_base_and_synced_with_a_policy_it_is_that_policy(name, world):
     model = load(world, name)
     merged, _ = make_copy(model, "bf16")
-    models.add_lora(model, 4, 8)
-    transformer = model.transformer
-    for p in models.lora_parameters(transformer, "default"):
-        p.data.add_(0.05)
-    models.follow(transformer, "old", eta=0.25)
+    transformer = with_policies(model)
     text = model.encode(["a small plain red ring at the top"])
     x, t = initial_noise([0], model.latent_shape), torch.tensor([0.5])
 
