@@ -189,8 +189,7 @@ def main(argv=None):
     options = parser.parse_args(argv)
     try:
         images = [read_image(path) for path in options.images]
-        read_spec(options.reward)  # refuses a wrong one before anything is pretrained
-        clip = world.ensure_models() / "clip" if options.tiny else None
+        clip = world.TINY / "clip" if options.tiny else None
         reward = build_reward(options.reward, options.device, clip)
         scores = [reward.scores(image, [options.prompt]) for image in images]
     except (InputError, NonFinite, torch.OutOfMemoryError) as error:

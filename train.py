@@ -288,8 +288,8 @@ def training_pairs(config, model, step):
 
 
 def evaluate(run):
-    """{reward: list of its means on each held-out prompt}, for images that the EMA policy draws in
-    BF16, from noise that is the same in every run."""
+    """{reward, "accuracy" or "clear": list of its means on each held-out prompt}, for images that
+    the EMA policy draws in BF16, from noise that is the same in every run."""
     c, n = run.config, len(run.held_out.prompts)
     rows = [i for i in range(n) for _ in range(c.eval_images)]
     seeds = [s for i in range(n) for s in rollout.candidate_seeds(0, EVALUATION, i, c.eval_images)]
@@ -309,6 +309,26 @@ def evaluate(run):
             )
     scores = rollout.join_scores(distributed.gather(scores))
     return {name: v.reshape(n, -1).mean(dim=1).tolist() for name, v in scores.items()}
+
+
+def before_after(run):
+    """(At most 8 held-out prompts; a row (label, images, scores) of the base model and one of the
+    EMA policy). Both draw of each prompt the image that an evaluation draws first."""
+    c, n = run.config, len(run.held_out.prompts)
+    chosen, rows = sorted({i * n // 8 for i in range(8)}), []
+    prompts = [run.held_out.prompts[i] for i in chosen]
+    texts = run.model.encode(prompts).to(c.device)
+    for label, policy in (("base model", "base"), (f"after {c.steps} steps", "ema")):
+        images, scores = [], []
+        for row, i in enumerate(chosen):
+            seeds, text = rollout.candidate_seeds(0, EVALUATION, i, 1), texts.take(row)
+            rollout.seed_globals(seeds[0])
+            with models.policy(run.model.transformer, policy) as transformer:
+                x_0, image = rollout.draw(run.model, transformer, text, seeds, c.eval_steps)
+            scores.append(run.score("evaluate", [i], seeds, x_0, image))
+            images.append(image)
+        rows.append((label, torch.cat(images), rollout.join_scores(scores)))
+    return prompts, rows
 
 
 # ---------------------------------------------------------------------------------------------
@@ -341,12 +361,14 @@ class Run:
         if folder:
             models.check_pretrained(c.model, folder)
         with distributed.first_on_its_node():
-            clip = None if folder else world.ensure_models() / "clip"
+            clip = None if folder else world.TINY / "clip"
             self.reward, self.eval_reward = build_reward(c.reward, c.device, clip), None
             if c.eval_rewards:
                 self.eval_reward = build_reward(c.eval_rewards, c.device, clip, "--eval_rewards")
             self.model = models.load(c.model, folder or None, c.resolution, device=c.device)
         self.model.pipeline_text, self.model.low_memory = c.pipeline_text, c.low_memory
+        captions = world.ATTRIBUTES.keys() >= set(self.held_out.prompts)
+        self.can_judge = captions and not folder and c.resolution == world.SIDE
         transformer = self.model.transformer
         for stage, prompts in (("first trial", self.train), ("evaluate", self.held_out)):
             self.notes += self.model.cut_off(prompts.prompts)
@@ -405,7 +427,7 @@ class Run:
 
     def score(self, stage, rows, seeds, latents, images):
         """Scores {reward: (n,)} of a micro-batch of images of these prompts; in an evaluation those
-        of --eval_rewards too."""
+        of --eval_rewards too, and what the tiny world's classifier says."""
         prompts = self.held_out if stage == "evaluate" else self.train
         texts, metadata = ([part[i] for i in rows] for part in (prompts.prompts, prompts.metadata))
         self.guard(stage, texts, seeds, latents=latents, images=images)
@@ -414,6 +436,8 @@ class Run:
                 scores = self.reward.scores(images, texts, metadata)
                 if stage == "evaluate" and self.eval_reward:
                     scores = self.eval_reward.scores(images, texts, metadata) | scores
+                if stage == "evaluate" and self.can_judge:
+                    scores |= world.judge(images, texts)
             except NonFinite as error:
                 raise NonFinite(error.what, error.prompt, stage, seeds[error.index]) from error
         return scores
@@ -477,10 +501,10 @@ def train(config):
             path = checkpoint.save(c.output_dir, done, run.policies, run.optimizer, options)
             say(f"stopped after {done} steps; --resume {c.output_dir} continues from {path}")
             raise
-        result = report.finish()
         if distributed.RANK == 0:
             models.save_lora(run.model, "ema", Path(c.output_dir) / "lora")
-            report.card(run.model, result)
+            report.before_after(*before_after(run))
+            report.card(run.model, report.finish())
 
 
 def main(argv=None):

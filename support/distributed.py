@@ -71,8 +71,8 @@ def total(tensor):
 
 @contextlib.contextmanager
 def first_on_its_node():
-    """One process of each computer does what is inside before the others do: what it downloads or
-    pretrains is then there for them."""
+    """One process of each computer does what is inside before the others do: what it downloads is
+    then there for them."""
     if LOCAL_RANK:
         gather([None])
     yield

@@ -284,14 +284,14 @@ MODELS = {"sana": Sana, "flux": Flux, "sd3": SD3}
 def load(name, folder=None, resolution=None, solver=None, device="cpu", dtype=torch.bfloat16):
     """The model `name` of MODELS, frozen, in `dtype` on `device`.
 
-    folder: a diffusers folder or an id on the hub; None is the tiny model, made if it is missing.
+    folder: a diffusers folder or an id on the hub; None is the tiny model.
     resolution: side of the images in pixels, solver: of SOLVERS; None is the paper's choice (of the
     tiny model's resolution, 32). Raises InputError if that model cannot be loaded or the resolution
     does not suit it.
     """
     model_class, paper = MODELS[name], MODELS[name].paper
     if folder is None:
-        folder, resolution = world.ensure_models(name) / name, resolution or world.SIDE
+        folder, resolution = world.TINY / name, resolution or world.SIDE
     parts = check_pretrained(name, folder)
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()

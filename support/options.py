@@ -40,8 +40,8 @@ class Config:
     pipeline_text: bool = option(False, "encode as the pipeline does, not the authors' code")
     resolution: int = option(None, "side of the images in pixels", tiny=32)
 
-    steps: int = option(300, "iterations, one optimizer step each", tiny=20)
-    prompts_per_step: int = option(48, "P, prompts per iteration", tiny=6)
+    steps: int = option(300, "iterations, one optimizer step each", tiny=40)
+    prompts_per_step: int = option(48, "P, prompts per iteration", tiny=2)
     pool: int = option(96, "N, candidates explored per prompt")
     keep: int = option(24, "K, candidates trained on per prompt; an even number")
     select: str = option("best_worst", "best_worst, random_subset, mean_deviation, extremes_random")
@@ -50,8 +50,8 @@ class Config:
     compile: bool = option(None, "torch.compile the transformers that draw candidates")
     explore_steps: int = option(6, "sampling steps when exploring")
     rollout_steps: int = option(10, "sampling steps of the images that are trained on")
-    eval_steps: int = option(40, "sampling steps when evaluating")
-    eval_every: int = option(20, "iterations between evaluations", tiny=5)
+    eval_steps: int = option(40, "sampling steps when evaluating", tiny=20)
+    eval_every: int = option(20, "iterations between evaluations", tiny=10)
     eval_images: int = option(2, tiny=4)  # images per held-out prompt
     micro_batch: int = option(24, "images drawn at once", tiny=96)
     train_micro_batch: int = option(16, "(image, time) pairs trained on at once", tiny=144)
@@ -59,7 +59,7 @@ class Config:
     low_memory: bool = option(False, "slower: LoRA not merged for BF16, text encoders on the CPU")
     dry_run: bool = option(False, "only print what --pretrained with nvfp4 needs of a GPU")
 
-    learning_rate: float = option(3e-4, "learning rate of AdamW", tiny=1e-3)
+    learning_rate: float = option(3e-4, "learning rate of AdamW", tiny=3e-3)
     max_grad_norm: float = option(1.0, "the gradient is clipped to this norm")
     lora_rank: int = option(32, "rank of the LoRA; a new one's alpha is twice that", tiny=16)
     kl: float = option(1e-4, "weight of the KL term against the base model")

@@ -1,10 +1,11 @@
 """What a run writes and says, by its first process alone.
 
-config.json     every option, and what else train.py tells of the run
-metrics.jsonl   one line per step (the README defines each name); NaN is null
-images/         kept candidates of one prompt with their rewards, one row for each stage
-curve.png       reward on the held-out prompts and of the kept candidates
-lora/           the EMA policy's LoRA, for `pipe.load_lora_weights(folder)`, with a model card
+config.json       every option, and what else train.py tells of the run
+metrics.jsonl     one line per step (the README defines each name); NaN is null
+images/           kept candidates of one prompt with their rewards, one row for each stage
+curve.png         gain in the reward of the held-out prompts; with tiny models, their accuracy
+before_after.png  held-out prompts, drawn from the same noise by the base model and the EMA policy
+lora/             the EMA policy's LoRA, for `pipe.load_lora_weights(folder)`, with a model card
 """
 
 import json
@@ -148,6 +149,8 @@ class Report:
             gain, error = mean_and_error([new - old for old, new in zip(before, rewards)])
             entries |= {"eval/gain": gain, "eval/gain_standard_error": error}
             text += f"  gain {gain:+.4f} +- {error:.4f}"
+        if "accuracy" in scores:
+            text += f"  pictures that match their prompt {entries['eval/accuracy']:.0%}"
         self.track(step, entries)
         self._log(step, entries | {"eval/rewards": rewards}, {"evaluate": seconds})
         say(text)
@@ -203,24 +206,55 @@ class Report:
         figure.suptitle(title, fontsize=10, parse_math=False)
         self._write_figure(f"images/step_{step:04d}.png", figure)
 
+    def before_after(self, prompts, rows):
+        """before_after.png: a column for each prompt, a row for each policy, with the reward and,
+        for the tiny models, whether the picture matches its prompt under each picture.
+
+        rows: [(label, images, {reward: (n,)})]; the images are float32 (n, 3, H, W)."""
+        size = (1.3 * len(prompts) + 0.4, 1.65 * len(rows) + 0.6)
+        figure, axes = plt.subplots(len(rows), len(prompts), figsize=size, squeeze=False)
+        for axis, prompt in zip(axes[0], prompts):
+            title = textwrap.fill(prompt, 20, max_lines=3)
+            axis.set_title(title, fontsize=8, parse_math=False)
+        for row, (label, images, scores) in zip(axes, rows):
+            row[0].set_ylabel(label)
+            for i, axis in enumerate(row):
+                axis.imshow(images[i].permute(1, 2, 0).cpu().numpy())
+                axis.set(xticks=[], yticks=[])
+                text, colour = f"{scores['weighted_sum'][i]:.3f}", "black"
+                if "accuracy" in scores:
+                    mark, colour = ("✓", "green") if scores["accuracy"][i] else ("✗", "red")
+                    text += f"  {mark}"
+                    axis.spines[:].set(color=colour, linewidth=2)
+                axis.set_xlabel(text, color=colour, fontweight="bold")
+        self._write_figure("before_after.png", figure)
+
     def _curve(self):
-        """curve.png: the reward trained on and, below, each one only measured, on held-out prompts:
-        when the first rises and the others fall, the reward is being hacked."""
-        num_others = len(self.eval_reward_names)
-        size = (6, 4 + 2 * num_others)
-        figure, axes = plt.subplots(1 + num_others, figsize=size, sharex=True, squeeze=False)
-        first, *others = axes[:, 0]
+        """curve.png, on held-out prompts: the gain in reward, below it the accuracy of a tiny model
+        and each reward that is only measured: when the gain rises and they fall, the reward is
+        being hacked."""
         steps = [line["step"] for line in self.evaluations]
-        means = [line["eval/reward"] for line in self.evaluations]
-        errors = [line["eval/standard_error"] for line in self.evaluations]
-        first.errorbar(steps, means, yerr=errors, marker="o", label="held-out prompts, EMA policy")
-        trained = [line for line in self.lines if "reward/mean" in line]
-        points = zip(*((line["step"], line["reward/mean"]) for line in trained))
-        first.plot(*points, alpha=0.5, label="kept candidates of the training prompts")
-        first.set(ylabel="reward", title=" + ".join(self.reward_names))
-        first.legend()
+        accurate = "eval/accuracy" in self.evaluations[0]
+        panels = 1 + accurate + len(self.eval_reward_names)
+        size = (6, 2 + 2 * panels)
+        figure, axes = plt.subplots(panels, figsize=size, sharex=True, squeeze=False)
+        top, *others = axes[:, 0]
+
+        def values(name, start=None):
+            return [line.get(name, start) for line in self.evaluations]
+
+        errors = values("eval/gain_standard_error", 0.0)
+        top.errorbar(steps, values("eval/gain", 0.0), yerr=errors, marker="o", capsize=3)
+        top.axhline(0, color="grey", linewidth=0.8)
+        top.set(ylabel="gain in held-out reward", title=" + ".join(self.reward_names))
+        if accurate:
+            axis = others.pop(0)
+            axis.plot(steps, values("eval/accuracy"), marker="o", label="match their prompt")
+            axis.plot(steps, values("eval/clear"), marker="o", color="lightgrey", label="clear")
+            axis.set(ylabel="share of pictures", ylim=(-0.03, 1.03))
+            axis.legend()
         for axis, name in zip(others, self.eval_reward_names):
-            axis.plot(steps, [line[f"eval/{name}"] for line in self.evaluations], marker="o")
+            axis.plot(steps, values(f"eval/{name}"), marker="o")
             axis.set_ylabel(f"{name}\n(not trained on)")
         axes[-1, 0].set_xlabel("optimizer steps")
         axes[-1, 0].xaxis.get_major_locator().set_params(integer=True)
@@ -238,9 +272,17 @@ class Report:
         if error > 0:
             result += f", {gain / error:.1f} standard errors"
         say(f"\nheld-out reward: {result}")
+        say("(errors are over the held-out prompts of this run; another --seed may differ by more)")
+        if "eval/accuracy" in first:
+            say(
+                f"pictures that match their prompt: {first['eval/accuracy']:.0%} before, "
+                f"{last['eval/accuracy']:.0%} after (clear: {first['eval/clear']:.0%}, "
+                f"{last['eval/clear']:.0%})"
+            )
         stages = "  ".join(f"{stage} {seconds:.0f}s" for stage, seconds in self.seconds.items())
         say(f"time: {time.perf_counter() - self.started:.0f}s in all;  {stages}")
-        for name in ("curve.png", "images", "metrics.jsonl", "checkpoints", "config.json"):
+        names = "curve.png before_after.png images metrics.jsonl checkpoints config.json"
+        for name in names.split():
             if (self.folder / name).exists():
                 say(f"wrote {self.folder / name}")
         return result
@@ -282,7 +324,7 @@ Held-out reward: {result}.
 import torch
 from diffusers import {pipeline}, {solver}
 
-base = {(base or "path/to/the/tiny/model")!r}
+base = {(base or f"support/tiny/{options['model']}")!r}
 pipe = {pipeline}.from_pretrained(base, dtype=torch.bfloat16{variant})
 pipe.scheduler = {solver}.from_pretrained("path/to/this/folder")
 pipe.load_lora_weights("path/to/this/folder")

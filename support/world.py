@@ -1,20 +1,18 @@
-"""The tiny world: captions, their 32x32 pictures of one shape, and where its tiny models are.
+"""The tiny world: captions, their 32x32 pictures of one shape, and a classifier of such pictures.
 
 A caption names size, fill, colour, shape and place; its pictures differ by a little jitter. Of 720
-captions, 72 are held out from every training. experiments/pretrain_world.py makes the models.
+captions, 72 are held out: no model but the classifier, which only judges, was trained on them. The
+models of this world are in the folder `tiny`; experiments/pretrain_world.py made them.
 """
 
-import hashlib
+import functools
 import itertools
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
-
-from support.errors import InputError
+from safetensors.torch import load_file
+from torch import nn
 
 SIDE = 32  # of a picture, in pixels
 SIZES = {"small": 5.5, "large": 9.5}  # radius in pixels
@@ -35,25 +33,18 @@ PLACES = {  # offset of the shape's centre from the picture's, in pixels
     "at the bottom": (0, 6),
     "in the middle": (0, 0),
 }
-_WORDS = [list(words) for words in (SIZES, FILLS, COLOURS, SHAPES, PLACES)]
+VALUES = [list(words) for words in (SIZES, FILLS, COLOURS, SHAPES, PLACES)]
 ATTRIBUTES = {  # caption -> index of its size, fill, colour, shape and place
-    "a " + " ".join(words[i] for words, i in zip(_WORDS, row)): row
-    for row in itertools.product(*(range(len(words)) for words in _WORDS))
+    "a " + " ".join(words[i] for words, i in zip(VALUES, row)): row
+    for row in itertools.product(*(range(len(words)) for words in VALUES))
 }
 CAPTIONS = list(ATTRIBUTES)
 _ORDER = torch.randperm(len(CAPTIONS), generator=torch.Generator().manual_seed(0)).tolist()
 HELD_OUT_PROMPTS = [CAPTIONS[i] for i in sorted(_ORDER[:72])]
 TRAIN_PROMPTS = [CAPTIONS[i] for i in sorted(_ORDER[72:])]
 
-VERSION = 2  # raised when new code makes other tiny models; tests/test_world.py says when
-PRETRAINING = {  # part -> (training steps, learning rate)
-    "autoencoder_dc": (320, 4e-3),
-    "autoencoder_kl": (800, 2e-3),
-    "clip": (300, 1.5e-3),
-    "sana": (270, 2e-3),
-    "flux": (270, 2e-3),
-    "sd3": (270, 2e-3),
-}
+TINY = Path(__file__).with_name("tiny")  # the folder of the tiny models
+CLEAR = 0.7  # a picture is clear if the classifier is this sure of each of its attributes
 
 
 def draw(prompts, generator):
@@ -61,8 +52,8 @@ def draw(prompts, generator):
     size, fill, colour, shape, place = torch.tensor([ATTRIBUTES[prompt] for prompt in prompts]).T
     n = len(prompts)
     jitter = lambda *shape: torch.rand(n, *shape, generator=generator) - 0.5  # noqa: E731
-    r = (torch.tensor(list(SIZES.values()))[size] + jitter())[:, None, None]
-    centre = SIDE / 2 + torch.tensor(list(PLACES.values()))[place] + 2 * jitter(2)
+    r = (torch.tensor(list(SIZES.values()))[size] + 0.5 * jitter())[:, None, None]
+    centre = SIDE / 2 + torch.tensor(list(PLACES.values()))[place] + 0.6 * jitter(2)
     grid = torch.arange(SIDE) + 0.5
     x, y = torch.broadcast_tensors(
         grid[None, None, :] - centre[:, 0, None, None],
@@ -89,24 +80,36 @@ def draw(prompts, generator):
     return (paper * (1 - cover) + ink * cover).clamp(0, 1)
 
 
-def models_folder():
-    """Where the tiny models are kept: in $SOL_RL_CACHE, or in the user's cache folder / sol_rl."""
-    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    cache = Path(os.environ.get("SOL_RL_CACHE") or user_cache / "sol_rl")
-    return cache / f"tiny-v{VERSION}-{hashlib.sha256(repr(PRETRAINING).encode()).hexdigest()[:8]}"
+class Classifier(nn.Module):
+    """Says which size, fill, colour, shape and place a picture shows. The reward never sees it."""
+
+    def __init__(self):
+        super().__init__()
+        layers = []
+        for inputs, outputs, stride in ((3, 16, 1), (16, 32, 2), (32, 48, 2), (48, 64, 2)):
+            layers += [nn.Conv2d(inputs, outputs, 3, stride, padding=1), nn.ReLU()]
+        layers += [nn.Flatten(), nn.Linear(1024, 64), nn.ReLU()]
+        self.layers = nn.Sequential(*layers, nn.Linear(64, sum(map(len, VALUES))))
+
+    def forward(self, images):
+        """(n, 3, 32, 32) in [0, 1] -> for each attribute the logits of its values, (n, values)."""
+        return self.layers(images).split([len(words) for words in VALUES], dim=1)
 
 
-def ensure_models(*names):
-    """models_folder(), in which the reward's CLIP and the models `names` (sana, flux, sd3) are
-    pretrained now if they are missing. Raises InputError if that fails."""
-    folder, program = models_folder(), Path(__file__).parents[1] / "experiments/pretrain_world.py"
-    needed = {"clip", *names} | ({"autoencoder_kl"} if {"flux", "sd3"} & set(names) else set())
-    # A process for each part, since each uses one thread; first the parts that others build on.
-    for parts in (("clip", "autoencoder_kl"), ("sana", "flux", "sd3")):
-        missing = [part for part in parts if part in needed and not (folder / part).is_dir()]
-        if missing:
-            print(f"first use: pretraining {', '.join(missing)} takes about 2 minutes", flush=True)
-        builds = [subprocess.Popen([sys.executable, str(program), part]) for part in missing]
-        if any([build.wait() for build in builds]):
-            raise InputError(f"pretraining in {folder} failed; the lines above say why")
-    return folder
+@functools.cache
+def classifier():
+    """The trained classifier, in float32 on the CPU."""
+    network = Classifier()
+    network.load_state_dict(load_file(TINY / "classifier" / "model.safetensors"))
+    return network.requires_grad_(False)
+
+
+def judge(images, prompts):
+    """What the classifier says of the pictures of n captions: {"accuracy": whether all five
+    attributes are as the caption says, "clear": whether it is sure of each attribute, whichever
+    value it has}, each float32 (n,), 1 or 0."""
+    probabilities = [logits.softmax(dim=1) for logits in classifier()(images.cpu())]
+    largest, values = zip(*(p.max(dim=1) for p in probabilities))
+    right = torch.stack(values, dim=1) == torch.tensor([ATTRIBUTES[prompt] for prompt in prompts])
+    clear = torch.stack(largest, dim=1) >= CLEAR
+    return {"accuracy": right.all(dim=1).float(), "clear": clear.all(dim=1).float()}

@@ -51,21 +51,24 @@ def outcome(folder):
     return log, {k: v.numpy().tobytes() for k, v in lora.items()}
 
 
-@pytest.fixture(scope="session")
-def world():
-    """The folder of the pretrained tiny models (made on first use, then cached)."""
-    from support.world import ensure_models
-
-    return ensure_models(*MODEL_NAMES)
-
-
-def load(world, name, solver=None):
+def load(name, solver=None):
     """A fresh tiny model in float32."""
     import torch
 
     from support import models
 
-    return models.load(name, world / name, 32, solver, dtype=torch.float32)
+    return models.load(name, solver=solver, dtype=torch.float32)
+
+
+def encode_images(model, images):
+    """Images (n, 3, h, w) in [0, 1] -> the latents that the model's `decode` takes."""
+    import torch
+
+    config, x = model.vae.config, (2 * images - 1).to(model.vae.dtype)
+    with torch.no_grad():
+        encoded = model.vae.encode(x)
+    latents = encoded.latent if "latent" in encoded else encoded.latent_dist.mode()
+    return (latents.float() - (config.get("shift_factor") or 0)) * config.scaling_factor
 
 
 def with_policies(model):
@@ -80,11 +83,11 @@ def with_policies(model):
 
 
 @pytest.fixture(scope="session")
-def sana(world):
-    return load(world, "sana")
+def sana():
+    return load("sana")
 
 
 @pytest.fixture(scope="session", params=MODEL_NAMES)
-def model(request, world):
+def model(request):
     """Every tiny model, in float32; a test must leave it as it was."""
-    return load(world, request.param)
+    return load(request.param)

@@ -364,6 +364,19 @@ MISTAKES = [
         "candidate_seeds(c.seed, EVALUATION, i, c.eval_images)",
     ),
     Mistake(
+        "before and after drawn from different noise",
+        "train.py",
+        "candidate_seeds(0, EVALUATION, i, 1)",
+        "candidate_seeds(len(rows), EVALUATION, i, 1)",
+    ),
+    Mistake(
+        "accuracy counted when only four attributes match",
+        "support/world.py",
+        "right.all(dim=1)",
+        "(right.sum(dim=1) >= 4)",
+        ("tests/test_world.py",),
+    ),
+    Mistake(
         "evaluation at rollout_steps", "train.py", "noise, c.eval_steps)", "noise, c.rollout_steps)"
     ),
     Mistake(

@@ -258,7 +258,7 @@ def test_a_second_ctrl_c_leaves_at_once():
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, world):
+def whole(tmp_path_factory):
     """A run of two steps that nothing happened to; its reward draws from every global generator."""
     root = tmp_path_factory.mktemp("whole")
     (root / "dice.py").write_text(
@@ -462,9 +462,7 @@ def test_nan_stops_the_run_before_the_optimizer_moves_and_says_where(
     assert contents(path)["state.safetensors"] == saved["state.safetensors"]
 
 
-def test_nan_in_an_evaluation_ends_the_run_and_leaves_the_checkpoints_before(
-    tmp_path, world, capsys
-):
+def test_nan_in_an_evaluation_ends_the_run_and_leaves_the_checkpoints_before(tmp_path, capsys):
     """A gradient that is finite may still ruin the policy."""
     folder = tmp_path / "run"
     options = [*MINIATURE, "--learning_rate", "1e20", "--output_dir", str(folder)]

@@ -76,7 +76,7 @@ sys.exit(train.main(sys.argv[1:]))
 """
 
 
-def test_a_run_of_three_processes_one_of_which_dies_then_of_two_is_that_of_one(tmp_path, world):
+def test_a_run_of_three_processes_one_of_which_dies_then_of_two_is_that_of_one(tmp_path):
     options = [*MINIATURE, "--steps", "3", "--prompts_per_step", "4", "--micro_batch", "3"]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import MODEL_NAMES, PROJECT, load, with_policies
+from conftest import MODEL_NAMES, PROJECT, encode_images, load, with_policies
 from diffusers import (
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -23,7 +23,9 @@ import quant
 from rollout import initial_noise, sample, sampling_times
 from support import dry_run, models
 from support.errors import InputError
-from support.world import TRAIN_PROMPTS, draw
+from support.world import TINY, TRAIN_PROMPTS, draw
+
+TOKENS = 10  # of a prompt, which the tokenizers of the tiny FLUX.1 and SD3.5 keep
 
 
 @pytest.mark.parametrize("solver", models.SOLVERS)
@@ -46,7 +48,7 @@ def test_sample_gives_what_the_pipeline_gives(model, solver, monkeypatch):
         embeds, mask, _ = model.encode([prompt])
         options |= dict(prompt_embeds=embeds, prompt_attention_mask=mask)
     else:
-        options |= dict(prompt=prompt, max_sequence_length=16)  # the tiny tokenizers' limit
+        options |= dict(prompt=prompt, max_sequence_length=TOKENS)
     if isinstance(model, models.Flux):
         noise = pipe._pack_latents(noise, 2, *model.latent_shape)
     expected = pipe(latents=noise, num_images_per_prompt=2, output_type="latent", **options).images
@@ -95,10 +97,10 @@ def test_prompts_are_encoded_as_the_pipeline_encodes_them(model, as_the_pipeline
             torch.testing.assert_close(found, theirs, rtol=0, atol=3e-5)
         return
     if isinstance(model, models.Flux):
-        embeds, pooled, _ = pipe.encode_prompt(prompts, prompt_2=None, max_sequence_length=16)
+        embeds, pooled, _ = pipe.encode_prompt(prompts, prompt_2=None, max_sequence_length=TOKENS)
     else:
         more = dict(prompt_2=None, prompt_3=None, do_classifier_free_guidance=False)
-        embeds, _, pooled, _ = pipe.encode_prompt(prompts, max_sequence_length=16, **more)
+        embeds, _, pooled, _ = pipe.encode_prompt(prompts, max_sequence_length=TOKENS, **more)
     assert torch.equal(embeds, ours.embeds) and torch.equal(pooled, ours.pooled)
 
 
@@ -111,10 +113,10 @@ def test_prompts_are_encoded_as_the_pipeline_encodes_them(model, as_the_pipeline
     ],
 )
 def test_prompts_have_as_many_tokens_as_the_authors_or_the_pipelines(
-    name, last_tokenizer, tokens, pipelines_tokens, world, monkeypatch
+    name, last_tokenizer, tokens, pipelines_tokens, monkeypatch
 ):
     """Told to the pipeline's encode_prompt, and by the model card to its user."""
-    model = load(world, name)
+    model = load(name)
     monkeypatch.setattr(getattr(model.pipe, last_tokenizer), "model_max_length", 10_000)
     call = inspect.signature(model.pipeline.__call__).parameters
     assert call["max_sequence_length"].default == pipelines_tokens
@@ -126,7 +128,7 @@ def test_prompts_have_as_many_tokens_as_the_authors_or_the_pipelines(
             assert said == ("the pipeline's own" if pipeline_text else None)
         else:
             assert model.call(10)["max_sequence_length"] == expected
-            assert model.encode(["a red ring"]).embeds.shape[1] in (expected, expected + 16)
+            assert model.encode(["a red ring"]).embeds.shape[1] in (expected, expected + TOKENS)
 
 
 def test_with_low_memory_text_encoders_are_on_the_device_only_while_they_encode(sana, monkeypatch):
@@ -153,7 +155,7 @@ def test_images_are_the_pipelines_whatever_is_decoded_at_once(model, at_once, mo
     if isinstance(model, models.Sana):
         how |= dict(use_resolution_binning=False, sigmas=[1.0, 0.5], complex_human_instruction=None)
     else:
-        how |= dict(max_sequence_length=16)
+        how |= dict(max_sequence_length=TOKENS)
     if isinstance(model, models.Flux):
         noise = model.pipe._pack_latents(noise, 4, *model.latent_shape)
     with pytest.MonkeyPatch.context() as patch:
@@ -163,8 +165,8 @@ def test_images_are_the_pipelines_whatever_is_decoded_at_once(model, at_once, mo
     assert torch.allclose(model.decode(x_0), expected, atol=1e-4)
 
 
-def test_flux_schnell_has_no_shift_that_depends_on_the_size(world, tmp_path):
-    shutil.copytree(world / "flux", tmp_path / "flux")
+def test_flux_schnell_has_no_shift_that_depends_on_the_size(tmp_path):
+    shutil.copytree(TINY / "flux", tmp_path / "flux")
     path = tmp_path / "flux" / "scheduler" / "scheduler_config.json"
     settings = json.loads(path.read_text()) | {"use_dynamic_shifting": False, "shift": 1.0}
     path.write_text(json.dumps(settings))
@@ -173,14 +175,12 @@ def test_flux_schnell_has_no_shift_that_depends_on_the_size(world, tmp_path):
         assert sampling_times(model, 10)[-1] == pytest.approx(last, abs=2e-3), solver
 
 
-def test_a_copy_whose_text_encoder_is_a_variant_only_loads_like_the_published_one(world, tmp_path):
-    shutil.copytree(world / "sana", tmp_path / "sana")
+def test_a_copy_whose_text_encoder_is_a_variant_only_loads_like_the_published_one(tmp_path):
+    shutil.copytree(TINY / "sana", tmp_path / "sana")
     encoder = tmp_path / "sana" / "text_encoder"
     (encoder / "model.safetensors").rename(encoder / "model.bf16.safetensors")
     prompts = ["a large plain red circle in the middle"]
-    texts = [
-        models.load("sana", f, 32).encode(prompts) for f in (world / "sana", tmp_path / "sana")
-    ]
+    texts = [models.load("sana", f, 32).encode(prompts) for f in (TINY / "sana", tmp_path / "sana")]
     assert torch.equal(texts[0].embeds, texts[1].embeds)
 
 
@@ -231,11 +231,7 @@ def test_velocity_is_noise_minus_data_at_times_from_0_to_1(model, monkeypatch):
     not."""
     g = torch.Generator().manual_seed(1)
     prompts = [TRAIN_PROMPTS[i] for i in torch.randperm(len(TRAIN_PROMPTS), generator=g)[:128]]
-    images, config = 2 * draw(prompts, g) - 1, model.vae.config
-    with torch.no_grad():
-        encoded = model.vae.encode(images)
-    x_0 = encoded.latent if isinstance(model, models.Sana) else encoded.latent_dist.mode()
-    x_0 = (x_0 - (config.get("shift_factor") or 0)) * config.scaling_factor
+    x_0 = encode_images(model, draw(prompts, g))
     text = model.encode(prompts)
     noise, t = torch.randn(x_0.shape, generator=g), torch.rand(len(x_0), generator=g)
     x_t = torch.lerp(x_0, noise, t[:, None, None, None])
@@ -256,8 +252,8 @@ def test_velocity_is_noise_minus_data_at_times_from_0_to_1(model, monkeypatch):
 
 
 @pytest.mark.parametrize("name", MODEL_NAMES)
-def test_policies_switch_and_switch_back(name, world):
-    model = load(world, name)
+def test_policies_switch_and_switch_back(name):
+    model = load(name)
     base = copy.deepcopy(model.transformer)
     transformer = with_policies(model)
     text = model.encode(["a small plain red ring at the top"])
@@ -279,25 +275,31 @@ def test_policies_switch_and_switch_back(name, world):
     assert trainable and all(".default." in name for name in trainable)
 
 
-@pytest.mark.parametrize("name, adapted", [("sana", 32), ("flux", 14), ("sd3", 23)])
-def test_lora_adapts_the_attention_layers_of_the_paper(name, adapted, world):
-    model = load(world, name)
+@pytest.mark.parametrize("name", MODEL_NAMES)
+def test_lora_adapts_the_attention_layers_of_the_paper(name):
+    model = load(name)
+    config = model.transformer.config
+    adapted = {  # q, k, v and out of each attention
+        "sana": lambda: 8 * config.num_layers,
+        "flux": lambda: 4 * config.num_layers + 3 * config.num_single_layers,  # which have no out
+        "sd3": lambda: 8 * config.num_layers - 1,  # the last block has no out for the text
+    }[name]()
     models.add_lora(model, 4, 8)
     layers = {n.split(".lora_")[0] for n, _ in model.transformer.named_parameters() if "lora_" in n}
     assert len(layers) == adapted and all("attn" in layer for layer in layers)
 
 
-def test_a_lora_that_cannot_be_merged_is_refused(world, tmp_path):
+def test_a_lora_that_cannot_be_merged_is_refused(tmp_path):
     """DoRA scales the merged weight, which peft's get_delta_weight leaves out."""
-    model = load(world, "sana")
+    model = load("sana")
     dora = LoraConfig(r=4, target_modules=["to_q"], use_dora=True)
     model.transformer.add_adapter(dora, adapter_name="default")
     models.save_lora(model, "default", tmp_path)
     with pytest.raises(InputError, match=f"--lora {tmp_path}: a DoRA"):
-        models.add_lora(load(world, "sana"), 4, 8, str(tmp_path))
+        models.add_lora(load("sana"), 4, 8, str(tmp_path))
 
 
-def test_nothing_in_a_pretrained_folder_is_executed(world, tmp_path):
+def test_nothing_in_a_pretrained_folder_is_executed(tmp_path):
     class Evil:
         def __reduce__(self):
             return open, (str(tmp_path / "ran"), "w")
@@ -339,18 +341,18 @@ def test_nothing_in_a_pretrained_folder_is_executed(world, tmp_path):
         ]
     ):
         folder = tmp_path / str(number)
-        shutil.copytree(world / "flux", folder)
+        shutil.copytree(TINY / "flux", folder)
         how(folder, what)
         with pytest.raises(InputError, match="cannot be loaded") as error:
             models.load("flux", folder, 32)
         assert "\n" not in str(error.value) and not (tmp_path / "ran").exists(), (how, what)
 
 
-def test_another_models_folder_and_a_broken_one_are_named_in_a_line(world, tmp_path):
-    shutil.copytree(world / "flux", tmp_path / "broken")
+def test_another_models_folder_and_a_broken_one_are_named_in_a_line(tmp_path):
+    shutil.copytree(TINY / "flux", tmp_path / "broken")
     (tmp_path / "broken" / "text_encoder_2" / "model.safetensors").write_bytes(b"x" * 99)
     for folder, says in (
-        (world / "sana", "is a SanaPipeline, not --model flux; try --model sana"),
+        (TINY / "sana", "is a SanaPipeline, not --model flux; try --model sana"),
         (tmp_path / "broken", "cannot be loaded"),
         (tmp_path, "no readable model_index.json"),
         (tmp_path / "absent", "neither a folder nor such a model on the hub"),
@@ -361,11 +363,11 @@ def test_another_models_folder_and_a_broken_one_are_named_in_a_line(world, tmp_p
         assert "\n" not in str(error.value)
 
 
-def test_a_text_encoder_without_some_of_its_weights_is_refused(world, tmp_path):
+def test_a_text_encoder_without_some_of_its_weights_is_refused(tmp_path):
     """transformers fills in random numbers, and diffusers does not tell."""
     from safetensors.torch import load_file, save_file
 
-    shutil.copytree(world / "flux", tmp_path / "flux")
+    shutil.copytree(TINY / "flux", tmp_path / "flux")
     path = tmp_path / "flux" / "text_encoder_2" / "model.safetensors"
     weights = load_file(path)
     missing = sorted(weights)[0]

@@ -26,17 +26,18 @@ def parse(*argv):
 def test_defaults_are_the_papers_the_models_or_for_tiny_models_their_own():
     tiny, flux = parse(), parse("--model", "flux", "--pretrained", "--prompts", "p.txt")
     assert (tiny.pool, tiny.keep, tiny.explore_steps, tiny.rollout_steps) == (96, 24, 6, 10)
-    assert (tiny.steps, tiny.resolution, tiny.learning_rate, tiny.eval_steps) == (20, 32, 1e-3, 40)
+    own = options.TINY
+    assert own["resolution"] == 32 and {"steps", "prompts_per_step", "eval_steps"} < own.keys()
+    assert all(getattr(tiny, name) == value for name, value in own.items())
     expected = (300, 512, 3e-4, 28)
     assert (flux.steps, flux.resolution, flux.learning_rate, flux.eval_steps) == expected
-    assert (tiny.timestep_fraction, flux.timestep_fraction, tiny.eval_images) == (0.6, 0.4, 4)
+    assert (tiny.timestep_fraction, flux.timestep_fraction) == (0.6, 0.4)
     assert flux.pretrained == "published"
     assert tiny.output_dir.startswith("runs/sana_sol_rl_") and tiny.checkpoint is None
     assert [
         parse("--model", name, "--pretrained", "--prompts", "p.txt").train_micro_batch
         for name in ("sana", "flux", "sd3")
-    ] == [16, 12, 4]  # as the authors'; tiny: all pairs of a prompt
-    assert tiny.train_micro_batch == 24 * 6
+    ] == [16, 12, 4]  # as the authors'
     assert not any(hasattr(tiny, name) for name in ("solver", "force", "reward_weights"))
 
 
@@ -77,7 +78,9 @@ def test_help_and_a_mistyped_option_are_answered_without_torch():
     assert "--pol" in error and "What it does" in help and (code, modules) == ("code 0", "[]")
     text = " ".join(" ".join(help).split())
     assert all(f"--{name} " in text or f"--{name}," in text for name in options.OPTIONS)
-    assert "(default: 20; with --pretrained: 300)" in text and "(default: the model's)" in text
+    steps = options.TINY["steps"]
+    assert f"(default: {steps}; with --pretrained: 300)" in text
+    assert "(default: the model's)" in text
 
 
 @pytest.fixture
@@ -179,7 +182,7 @@ def test_each_process_takes_the_gpu_of_its_own(monkeypatch):
     assert taken == [3, 1, 3]
     monkeypatch.setattr(distributed, "WORLD", 4)
     with pytest.raises(InputError, match="--device cuda:1: one device for 4 processes; give cuda"):
-        parse("--device", "cuda:1")
+        parse("--device", "cuda:1", "--prompts_per_step", "4")
     with pytest.raises(InputError, match="--prompts_per_step 3: must be at least the 4 processes"):
         parse("--prompts_per_step", "3")
 
@@ -205,7 +208,7 @@ def test_a_resumed_run_has_the_options_it_had_and_running_ones_may_change(tmp_pa
     assert again.checkpoint.notes == [
         f"continuing from {run / 'checkpoints' / 'step_000001'}",
         "steps was 2 and is 3",
-        "eval_every was 5 and is 1",
+        f"eval_every was {options.TINY['eval_every']} and is 1",
     ]
     assert "checkpoint" not in dataclasses.asdict(again)
 

@@ -55,12 +55,12 @@ def scores(*values):
     return {name: list(values) for name in ("weighted_sum", "clipscore", "mine.py:blue")}
 
 
-def two_steps(run):
-    """Steps 1 and 2, with evaluations before and after them."""
-    run.evaluated(0, scores(1.0, 3.0), 5.0)
+def two_steps(run, before={}, after={}):
+    """Steps 1 and 2, with evaluations before and after them. before, after: more scores."""
+    run.evaluated(0, scores(1.0, 3.0) | before, 5.0)
     run.step(1, METRICS, SECONDS)
     run.step(2, METRICS, SECONDS)
-    run.evaluated(2, scores(2.0, 6.0), 5.0)
+    run.evaluated(2, scores(2.0, 6.0) | after, 5.0)
 
 
 def test_a_mean_and_its_error_by_hand():
@@ -153,6 +153,73 @@ def test_what_a_finished_run_leaves_and_says(tmp_path, capsys):
     assert config["versions"].keys() == {"torch", "diffusers", "transformers", "peft"}
 
 
+JUDGED = [
+    {"accuracy": [0.0, 0.5], "clear": [1.0, 0.5]},
+    {"accuracy": [1.0, 0.5], "clear": [1.0, 1.0]},
+]
+
+
+def test_a_tiny_run_says_how_many_pictures_match_their_prompt(tmp_path, capsys):
+    with report(tmp_path) as run:
+        two_steps(run, *JUDGED)
+        run.finish()
+    first, _, last = lines(tmp_path)
+    assert (first["eval/accuracy"], first["eval/clear"]) == (0.25, 0.75)
+    assert (last["eval/accuracy"], last["eval/clear"], last["eval/reward"]) == (0.75, 1, 4)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].endswith("+- 1.0000  pictures that match their prompt 25%")
+    assert said[3].endswith("gain +2.0000 +- 1.0000  pictures that match their prompt 75%")
+    assert "pictures that match their prompt: 25% before, 75% after (clear: 75%, 100%)" in said
+
+
+def test_the_curve_shows_the_paired_gain_then_accuracy_then_what_is_only_measured(
+    tmp_path, monkeypatch
+):
+    figures = []
+    monkeypatch.setattr(plt, "close", figures.append)
+    for more in ({}, {}), JUDGED:
+        with report(tmp_path) as run:
+            two_steps(run, *more)
+            run.finish()
+    plain, judged = ([axis.get_ylabel() for axis in figure.axes] for figure in figures)
+    gain, measured = "gain in held-out reward", "mine.py:blue\n(not trained on)"
+    assert plain == [gain, measured] and judged == [gain, "share of pictures", measured]
+    top, shares, _ = figures[1].axes
+    line, _, (bars,) = top.containers[0]
+    assert line.get_xydata().tolist() == [[0, 0], [2, 2]]
+    lengths = [float(ends[1, 1] - ends[0, 1]) for ends in bars.get_segments()]
+    assert lengths == [0, pytest.approx(2.0)]  # the gain's error is 1
+    assert [line.get_ydata().tolist() for line in shares.lines] == [[0.25, 0.75], [0.75, 1]]
+
+
+def test_before_and_after_stand_below_each_other_with_reward_and_mark(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plt, "close", figures.append)
+    prompts, images = (
+        ["a small plain red ring at the top", "a $5 cat for $6"],
+        torch.rand(2, 3, 4, 4),
+    )
+    scores = {"weighted_sum": torch.tensor([0.5, 0.25])}
+    with report(tmp_path) as run:
+        run.before_after(prompts, [("base model", images, scores)])
+        judged = [scores | {"accuracy": torch.tensor(marks)} for marks in ([0.0, 1.0], [1.0, 1.0])]
+        rows = [("base model", images, judged[0]), ("after 4 steps", images / 2, judged[1])]
+        run.before_after(prompts, rows)
+    assert (tmp_path / "before_after.png").stat().st_size > 0
+    plain, marked = figures
+    assert [axis.get_xlabel() for axis in plain.axes] == ["0.500", "0.250"]
+    assert [axis.get_xlabel().split() for axis in marked.axes] == [
+        ["0.500", "✗"],
+        ["0.250", "✓"],
+        ["0.500", "✓"],
+        ["0.250", "✓"],
+    ]
+    assert [axis.get_ylabel() for axis in marked.axes] == ["base model", "", "after 4 steps", ""]
+    assert [axis.get_title().replace("\n", " ") for axis in marked.axes] == [*prompts, "", ""]
+    shown = [axis.images[0].get_array() for axis in marked.axes]
+    assert (shown[1] == 2 * shown[3]).all()
+
+
 def test_only_the_first_process_writes_but_all_know_what_is_evaluated(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(distributed, "RANK", 1)
     with report(tmp_path / "run", report_to="wandb") as run:
@@ -242,7 +309,7 @@ def model(variant=None):
 @pytest.mark.parametrize(
     "pretrained, variant, base, load",
     [
-        ("", None, None, "'path/to/the/tiny/model'"),
+        ("", None, None, "'support/tiny/flux'"),
         ("published", None, "black-forest-labs/FLUX.1-dev", "'black-forest-labs/FLUX.1-dev'"),
         ("published", "bf16", "black-forest-labs/FLUX.1-dev", "'black-forest-labs/FLUX.1-dev'"),
         ("some/one", "bf16", "some/one", "'some/one'"),

@@ -24,7 +24,7 @@ from transformers import CLIPConfig
 import reward as rewards
 from reward import build_reward
 from support import preference
-from support import world as tiny_world
+from support import world
 from support.errors import InputError, NonFinite
 
 
@@ -108,16 +108,16 @@ def test_a_file_that_misses_another_is_not_itself_called_missing(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def clipscore(world):
-    return build_reward("clipscore", clip=world / "clip")
+def clipscore():
+    return build_reward("clipscore", clip=world.TINY / "clip")
 
 
 def test_clipscore_prefers_the_right_prompt_and_the_undamaged_picture(clipscore):
     from experiments.pretrain_world import degrade
 
     g = torch.Generator().manual_seed(3)
-    prompts = list(tiny_world.HELD_OUT_PROMPTS) * 4
-    good = tiny_world.draw(prompts, g)
+    prompts = list(world.HELD_OUT_PROMPTS) * 4
+    good = world.draw(prompts, g)
     right = clipscore(good, prompts)
     # Both are 0.89 to 0.96, a little different on each machine, and 0.5 +- 0.03 by chance.
     assert (right > clipscore(good, prompts[1:] + prompts[:1])).float().mean() > 0.8
@@ -444,7 +444,7 @@ def picture(path, size=(40, 30)):
     return str(path)
 
 
-def test_reward_alone_scores_picture_files(hub, tmp_path, capsys, world):
+def test_reward_alone_scores_picture_files(hub, tmp_path, capsys):
     files = [picture(tmp_path / "a.png"), picture(tmp_path / "b.jpg", (30, 60))]
     options = [*files, "--prompt", "a red ring"]
     assert rewards.main([*options, "--reward", "pickscore,hpsv2:2"]) == 0

@@ -24,7 +24,7 @@ import test_method
 
 import train
 from rollout import initial_noise, sample
-from support import models
+from support import models, world
 from support.options import TINY, Config
 
 
@@ -96,8 +96,8 @@ def test_advantages_have_zero_mean_a_prompt_one_std_and_a_clip():
     assert torch.allclose(train.group_advantages(rewards, std_over="prompt"), own_std)
 
 
-def test_what_is_logged_of_rewards_and_of_how_the_explorer_ranked_the_same_candidates(world):
-    metrics = test_method.iterate(test_method.prepared(world), 0, test_method.TWO_STAGES).metrics
+def test_what_is_logged_of_rewards_and_of_how_the_explorer_ranked_the_same_candidates():
+    metrics = test_method.iterate(test_method.prepared(), 0, test_method.TWO_STAGES).metrics
     # The rewards of the kept candidates are 1 2 3 6 and 14 18 10 10.
     expected = {"mean": 8, "best": (6 + 18) / 2, "worst": (1 + 10) / 2, "zero_spread": 0}
     expected |= {"spread": (5 + 8) / 2, "std": (258 / 8) ** 0.5}
@@ -109,14 +109,20 @@ def test_what_is_logged_of_rewards_and_of_how_the_explorer_ranked_the_same_candi
     assert metrics["fidelity/kept_kendall_tau"] == pytest.approx(sum(taus) / 2)
 
 
-@pytest.mark.parametrize("name, quantized", [("sana", 28), ("flux", 41), ("sd3", 30)])
-def test_the_explorer_of_a_run_has_the_layers_that_the_paper_quantizes(name, quantized, world):
+@pytest.mark.parametrize("name", MODEL_NAMES)
+def test_the_explorer_of_a_run_has_the_layers_that_the_paper_quantizes(name):
     run = train.Run(train.parse_options(["--model", name, "--device", "cpu"]))
+    config = run.model.transformer.config
+    quantized = {
+        "sana": lambda: 7 * config.num_layers,
+        "flux": lambda: 14 * config.num_layers + 6 * config.num_single_layers + 1,  # proj_out
+        "sd3": lambda: 10 * config.num_layers,  # the last block has one less; there is proj_out
+    }[name]()
     assert [outcome for *_, outcome in run.layers].count("nvfp4") == quantized
     assert list(run.copies) == ["bf16", "nvfp4"] and run.networks == run.copies
 
 
-def test_with_low_memory_the_transformer_itself_draws_in_bf16(world):
+def test_with_low_memory_the_transformer_itself_draws_in_bf16():
     run = train.Run(train.parse_options(["--low_memory", "--device", "cpu"]))
     assert list(run.copies) == ["nvfp4"] and run.networks["bf16"] is run.model.transformer
 
@@ -126,11 +132,11 @@ def test_with_low_memory_the_transformer_itself_draws_in_bf16(world):
 
 
 @pytest.mark.parametrize("algorithm", train.ALGORITHMS)
-def test_every_algorithm_runs_and_leaves_its_folder(algorithm, tmp_path, world, capsys):
+def test_every_algorithm_runs_and_leaves_its_folder(algorithm, tmp_path, capsys):
     out = tmp_path / "run"
     assert train.main([*MINIATURE, "--algorithm", algorithm, "--output_dir", str(out)]) == 0
     names = {path.name for path in out.iterdir()}
-    expected = "config.json metrics.jsonl images curve.png lora checkpoints"
+    expected = "config.json metrics.jsonl images curve.png before_after.png lora checkpoints"
     assert names == set(expected.split())
     steps = lines(out)
     assert [line["step"] for line in steps] == [0, 1, 2] and "reward/mean" in steps[2]
@@ -142,7 +148,7 @@ def test_every_algorithm_runs_and_leaves_its_folder(algorithm, tmp_path, world, 
 
 
 def test_a_weighted_sum_trains_and_each_part_is_logged_and_others_are_only_measured(
-    tmp_path, world, monkeypatch
+    tmp_path, monkeypatch
 ):
     (tmp_path / "mine.py").write_text(
         "def red(i, p, m): return i[:, 0].mean(dim=(1, 2))\n"
@@ -172,7 +178,27 @@ def test_a_weighted_sum_trains_and_each_part_is_logged_and_others_are_only_measu
     assert (tmp_path / "run" / "curve.png").stat().st_size > 0
 
 
-def test_each_image_is_scored_with_its_own_prompt_and_metadata(tmp_path, world):
+def test_accuracy_is_measured_on_captions_of_the_tiny_world_and_not_weighed_into_the_reward(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(
+        world,
+        "judge",
+        lambda images, prompts: {"accuracy": torch.ones(len(prompts)), "clear": images[:, 0, 0, 0]},
+    )
+    (tmp_path / "own.txt").write_text("a cat\na small plain red ring at the top\n")
+    for name, options in (("captions", []), ("own", ["--eval_prompts", str(tmp_path / "own.txt")])):
+        assert train.main([*MINIATURE, *options, "--output_dir", str(tmp_path / name)]) == 0
+    judged, own = lines(tmp_path / "captions"), lines(tmp_path / "own")
+    for line in judged:
+        assert line["eval/accuracy"] == 1 and 0 < line["eval/clear"] < 1
+        assert line["eval/reward"] == pytest.approx(line["eval/clipscore"])
+    assert not any("eval/accuracy" in line for line in own)
+    assert "accuracy" not in " ".join(own[0]) and "reward/accuracy" not in judged[1]
+    assert capsys.readouterr().out.count("pictures that match their prompt: 100% before") == 1
+
+
+def test_each_image_is_scored_with_its_own_prompt_and_metadata(tmp_path):
     (tmp_path / "mine.py").write_text(
         "import json\n"
         "def record(images, prompts, metadata):\n"
@@ -193,15 +219,16 @@ def test_each_image_is_scored_with_its_own_prompt_and_metadata(tmp_path, world):
         assert [f"cat {row['number']}" for row in metadata] == prompts
         images.update("held out" if row["number"] >= 10 else "training" for row in metadata)
     # Two are tried before the first step; then 6 explored and 4 drawn again in each of two steps,
-    # and 4 of each held-out prompt in each of three evaluations.
-    assert images == {"training": 2 + 2 * (6 + 4), "held out": 2 + 3 * 2 * 4}
+    # and 4 of each held-out prompt in each of three evaluations; the last picture has one of each
+    # before and one after training.
+    assert images == {"training": 2 + 2 * (6 + 4), "held out": 2 + 3 * 2 * 4 + 2 * 2}
 
 
 @pytest.mark.parametrize("name", MODEL_NAMES)
-def test_a_saved_lora_gives_the_ema_policys_images_in_a_stock_pipeline(name, tmp_path, world):
+def test_a_saved_lora_gives_the_ema_policys_images_in_a_stock_pipeline(name, tmp_path):
     options = [*MINIATURE, "--model", name, "--learning_rate", "0.05", "--eval_steps", "4"]
     assert train.main([*options, "--output_dir", str(tmp_path / "run")]) == 0
-    pipe = DiffusionPipeline.from_pretrained(world / name)  # in float32
+    pipe = DiffusionPipeline.from_pretrained(world.TINY / name, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     call = dict(num_inference_steps=4, guidance_scale=1.0, height=32, width=32, output_type="pt")
     sana = dict(use_resolution_binning=False)
@@ -216,7 +243,7 @@ def test_a_saved_lora_gives_the_ema_policys_images_in_a_stock_pipeline(name, tmp
     loaded = images(pipe)
 
     # The EMA's tensors in the adapter that training used, alpha = 2 * rank included.
-    model = load(world, name)
+    model = load(name)
     models.add_lora(model, rank=16, alpha=32)
     state = load_file(
         sorted((tmp_path / "run" / "checkpoints").iterdir())[-1] / "state.safetensors"
@@ -234,12 +261,12 @@ def test_a_saved_lora_gives_the_ema_policys_images_in_a_stock_pipeline(name, tmp
     card = (tmp_path / "run" / "lora" / "README.md").read_text()
     assert " dtype=torch.bfloat16" in card
     card = card.replace("torch.bfloat16", "torch.float32")
-    card = card.replace("path/to/the/tiny/model", str(world / name))
+    card = card.replace(f"support/tiny/{name}", str(world.TINY / name))
     code = card.replace("path/to/this/folder", str(tmp_path / "run" / "lora"))
     exec(code.split("```python\n")[1].split("```")[0], names := {})
     assert names["image"].size == (32, 32)
     call = code.split("pipe(")[1].split(").images")[0]
-    ours = load(world, name)
+    ours = load(name)
     names["latents"] = noise = initial_noise([1], ours.latent_shape)
     if name == "flux":
         names["latents"] = FluxPipeline._pack_latents(noise, 1, *noise.shape[1:])
@@ -257,7 +284,7 @@ def test_a_saved_lora_gives_the_ema_policys_images_in_a_stock_pipeline(name, tmp
 
 
 @pytest.mark.parametrize("name", MODEL_NAMES)
-def test_training_starts_from_a_lora_that_training_wrote(name, tmp_path, world, capsys):
+def test_training_starts_from_a_lora_that_training_wrote(name, tmp_path, capsys):
     """The evaluation before the first step is that of the policy that was saved."""
     options = [*MINIATURE, "--model", name, "--learning_rate", "0.05", "--output_dir"]
     assert train.main([*options, str(tmp_path / "first")]) == 0
@@ -321,7 +348,7 @@ for path in sys.argv[1:]:
 """
 
 
-def test_a_run_starts_with_25_000_prompts_as_with_100(tmp_path, world):
+def test_a_run_starts_with_25_000_prompts_as_with_100(tmp_path):
     """Its prompts are encoded in the step that draws them: not at the start, and not all kept."""
     paths = [tmp_path / f"{n}.txt" for n in (100, 25_000)]
     for path in paths:
@@ -333,7 +360,7 @@ def test_a_run_starts_with_25_000_prompts_as_with_100(tmp_path, world):
     assert many - few < 1 and seconds < 60  # gigabytes
 
 
-def test_a_pretrained_folder_takes_the_very_code_of_the_tiny_model(tmp_path, world, monkeypatch):
+def test_a_pretrained_folder_takes_the_very_code_of_the_tiny_model(tmp_path, monkeypatch):
     """The tiny FLUX.1 as a user's folder: the same numbers as from --model flux alone."""
     monkeypatch.setitem(TINY, "eval_images", Config.eval_images)  # the two that are no options
     monkeypatch.setitem(models.Flux.paper, "min_dim", TINY["min_dim"])
@@ -344,12 +371,12 @@ def test_a_pretrained_folder_takes_the_very_code_of_the_tiny_model(tmp_path, wor
     assert train.main([*options, str(tmp_path / "tiny")]) == 0
     own = TINY.keys() - {"eval_images", "min_dim", "gradient_checkpointing"}
     tiny = [f"--{name}={TINY[name]}" for name in own if f"--{name}" not in MINIATURE]
-    tiny += ["--no-gradient_checkpointing", "--pretrained", str(world / "flux")]
+    tiny += ["--no-gradient_checkpointing", "--pretrained", str(world.TINY / "flux")]
     assert train.main([*options, str(tmp_path / "folder"), *tiny]) == 0
     assert outcome(tmp_path / "tiny") == outcome(tmp_path / "folder")
 
 
-def test_checkpointing_gradients_changes_nothing_but_memory(tmp_path, world, monkeypatch):
+def test_checkpointing_gradients_changes_nothing_but_memory(tmp_path, monkeypatch):
     real, checkpointed = train.update, []
 
     def update(run, *arguments):
@@ -364,9 +391,7 @@ def test_checkpointing_gradients_changes_nothing_but_memory(tmp_path, world, mon
     assert outcome(tmp_path / "with") == outcome(tmp_path / "without")
 
 
-def test_compiled_it_draws_the_same_and_is_compiled_in_the_first_step_alone(
-    tmp_path, world, monkeypatch
-):
+def test_compiled_it_draws_the_same_and_is_compiled_in_the_first_step_alone(tmp_path, monkeypatch):
     """sync must copy into the weights that the compiled explorer reads. (Graphs are captured and
     guarded as ever; turning them into machine code, which takes a minute, is left out.)"""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
@@ -427,14 +452,12 @@ MODEL = "--prompts GOOD --prompts_per_step 1 --pretrained"
         (f"{MODEL} TAKEN", "model_index.json"),
         ("--resolution 36", "multiple of 8"),
         ("--model sd3 --resolution 96", "positions up to 64"),
-        ("--prompts GOOD", "--prompts_per_step 6"),
+        ("--prompts GOOD", f"--prompts_per_step {TINY['prompts_per_step']}"),
         ("--prompts_per_step 649", "648 training prompts"),
         ("--resume nowhere", "nowhere"),
     ],
 )
-def test_bad_input_is_one_line_and_nothing_is_written(
-    options, says, tmp_path, world, capsys, monkeypatch
-):
+def test_bad_input_is_one_line_and_nothing_is_written(options, says, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "GOOD").write_text("a cat\n")
     (tmp_path / "REWARD.py").write_text(REWARD)
@@ -449,7 +472,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(
     assert after == before
 
 
-def test_out_of_memory_is_a_line_that_says_what_would_do(tmp_path, world, monkeypatch, capsys):
+def test_out_of_memory_is_a_line_that_says_what_would_do(tmp_path, monkeypatch, capsys):
     def iteration(run, step):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
 
@@ -460,7 +483,7 @@ def test_out_of_memory_is_a_line_that_says_what_would_do(tmp_path, world, monkey
     assert said == f"train.py: CUDA out of memory; {advice}"
 
 
-def test_another_models_folder_is_named_and_so_is_what_is_broken(world, tmp_path, capsys):
+def test_another_models_folder_is_named_and_so_is_what_is_broken(tmp_path, capsys):
     (tmp_path / "p.txt").write_text("a cat")
     (tmp_path / "red.py").write_text("def red(i, p, m): return i[:, 0].mean(dim=(1, 2))\n")
     options = ["--prompts", str(tmp_path / "p.txt"), "--prompts_per_step", "1", "--output_dir"]
@@ -473,7 +496,7 @@ def test_another_models_folder_is_named_and_so_is_what_is_broken(world, tmp_path
         assert str(folder) in said and not (tmp_path / "run").exists()
         return said
 
-    assert "is a SanaPipeline, not --model flux; try --model sana" in error(world / "sana")
+    assert "is a SanaPipeline, not --model flux; try --model sana" in error(world.TINY / "sana")
     for number, (victim, damage) in enumerate(
         [
             ("transformer", shutil.rmtree),
@@ -490,7 +513,7 @@ def test_another_models_folder_is_named_and_so_is_what_is_broken(world, tmp_path
         ]
     ):
         folder = tmp_path / str(number)
-        shutil.copytree(world / "flux", folder)
+        shutil.copytree(world.TINY / "flux", folder)
         damage(folder / victim)
         error(folder)
 
@@ -543,9 +566,7 @@ def test_a_hub_that_refuses_or_is_not_there_is_one_line(tmp_path):
     assert "the hub cannot be asked" in broken and "the hub cannot be asked" in gone
 
 
-def test_a_prompts_file_of_ones_own_trains_and_long_prompts_are_cut_off_and_said(
-    tmp_path, world, capsys
-):
+def test_a_prompts_file_of_ones_own_trains_and_long_prompts_are_cut_off_and_said(tmp_path, capsys):
     path = tmp_path / "p.txt"
     path.write_text("a red cat\n" + "a very " * 30 + "blue dog\n")
     out = tmp_path / "run"
@@ -553,10 +574,10 @@ def test_a_prompts_file_of_ones_own_trains_and_long_prompts_are_cut_off_and_said
     assert train.main(options) == 0
     said = capsys.readouterr().out
     for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
-        assert f"1 prompts lose what comes after 16 tokens ({name})" in said
+        assert f"1 prompts lose what comes after 10 tokens ({name})" in said
 
 
-def test_another_algorithm_is_another_list_of_stages(tmp_path, world, monkeypatch):
+def test_another_algorithm_is_another_list_of_stages(tmp_path, monkeypatch):
     """Two explorations, the second in FP8, before the kept seeds are drawn in BF16: the log and the
     picture have the stages by their names, and prompts without advantages may be left out."""
     stages = [

@@ -1,21 +1,14 @@
-"""The tiny world: its captions and pictures, and where its models are kept."""
+"""The tiny world: its captions and pictures, the shipped models and the classifier."""
 
-import ast
-import hashlib
-import re
-import subprocess
-import sys
-from pathlib import Path
+import math
 
 import pytest
 import torch
-from conftest import PROJECT
+from conftest import MODEL_NAMES, encode_images
+from diffusers import DiffusionPipeline
+from safetensors import safe_open
 
-from support import world
-from support.errors import InputError
-
-# VERSION -> hash of the code that made the tiny models of that version.
-PRETRAINING_CODE = {2: "92521016e917cc2c"}
+from support import models, world
 
 
 def test_a_tenth_of_the_captions_is_held_out():
@@ -55,98 +48,54 @@ def test_the_same_generator_draws_the_same_pictures():
     assert torch.equal(first, second) and not torch.equal(first, other)
 
 
-def test_the_models_are_in_a_cache_folder_named_after_version_and_pretraining(
-    monkeypatch, tmp_path
+def test_the_shipped_models_are_small_and_in_bf16():
+    files = [path for path in world.TINY.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 12 * 2**20
+    assert {path.suffix for path in files} == {".json", ".safetensors"}
+    for path in files:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as weights:
+                dtypes = {weights.get_slice(name).get_dtype() for name in weights.keys()}
+            assert dtypes == {"BF16"}, path
+
+
+@pytest.mark.parametrize("name", MODEL_NAMES)
+def test_a_shipped_model_loads_with_its_own_pipeline(name):
+    pipe = DiffusionPipeline.from_pretrained(world.TINY / name)
+    assert type(pipe) is models.MODELS[name].pipeline
+
+
+# ---------------------------------------------------------------------------------------------
+# The classifier
+
+
+def test_a_picture_is_accurate_if_all_five_attributes_are_right_and_clear_if_all_are_sure(
+    monkeypatch,
 ):
-    monkeypatch.setenv("SOL_RL_CACHE", str(tmp_path))
-    before = world.models_folder()
-    assert before.parent == tmp_path and re.fullmatch(r"tiny-v\d+-[0-9a-f]{8}", before.name)
-    monkeypatch.setitem(world.PRETRAINING, "sana", (271, 2e-3))
-    assert world.models_folder() != before
-    monkeypatch.delenv("SOL_RL_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert world.models_folder().parent == tmp_path / "xdg" / "sol_rl"
+    prompt = "a large plain red ring at the top"
+    right, wrong = world.ATTRIBUTES[prompt], world.ATTRIBUTES["a large plain red cross at the top"]
+    # Of each picture the values that get the largest probability, and these probabilities.
+    pictures = [(right, [0.9] * 5), (right, [0.9, 0.9, 0.9, 0.9, 0.69]), (wrong, [0.71] * 5)]
+
+    def classifier(images):
+        logits = [torch.zeros(3, len(words)) for words in world.VALUES]
+        for i, (values, probabilities) in enumerate(pictures):
+            for part, value, p in zip(logits, values, probabilities):
+                part[i] = math.log((1 - p) / (part.shape[1] - 1))
+                part[i, value] = math.log(p)
+        return logits
+
+    monkeypatch.setattr(world, "classifier", lambda: classifier)
+    judged = world.judge(torch.zeros(3, 3, 32, 32), [prompt] * 3)
+    assert judged["accuracy"].tolist() == [1, 1, 0] and judged["clear"].tolist() == [1, 0, 1]
 
 
-def test_what_is_missing_is_pretrained_by_a_program_of_its_own(monkeypatch, tmp_path, capsys):
-    """First, at the same time, the parts that others are built on; then the others."""
-    monkeypatch.setenv("SOL_RL_CACHE", str(tmp_path))
-    folder, built, exit_code = world.models_folder(), [], 0
-
-    class Popen:
-        def __init__(self, command):
-            assert command[:2] == [sys.executable, str(program)]
-            (self.part,) = command[2:]
-            built.append(self.part)
-
-        def wait(self):
-            (folder / self.part).mkdir(parents=True)
-            return exit_code
-
-    program = PROJECT / "experiments" / "pretrain_world.py"
-    monkeypatch.setattr(subprocess, "Popen", Popen)
-    assert world.ensure_models() == folder and built == ["clip"]
-    assert world.ensure_models("sana", "flux") == folder
-    assert built == ["clip", "autoencoder_kl", "sana", "flux"]
-    assert "first use: pretraining sana, flux" in capsys.readouterr().out
-    assert world.ensure_models("sana") == folder and len(built) == 4  # nothing is missing
-    exit_code = 1
-    with pytest.raises(InputError, match="pretraining in .* failed"):
-        world.ensure_models("sd3")
-
-
-def test_a_part_is_complete_or_absent_and_does_not_depend_on_the_time(monkeypatch, tmp_path):
-    """An autoencoder in two training steps, twice; and one whose writing fails."""
-    from safetensors.torch import load_file
-
-    monkeypatch.setitem(world.PRETRAINING, "autoencoder_dc", (2, 4e-3))
-    pretrain_world = load_pretrain_world()
-    weights = []
-    for name in ("first", "second"):
-        monkeypatch.setenv("SOL_RL_CACHE", str(tmp_path / name))
-        folder = pretrain_world.Builder().part("autoencoder_dc")
-        weights.append(load_file(folder / "diffusion_pytorch_model.safetensors"))
-    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
-
-    class Failing:
-        def save_pretrained(self, folder):
-            (Path(folder) / "half").write_text("")
-            raise OSError("disk full")
-
-    monkeypatch.setitem(pretrain_world.PARTS, "sana", lambda builder: [Failing()])
-    with pytest.raises(OSError, match="disk full"):
-        pretrain_world.Builder().part("sana")
-    assert [path.name for path in folder.parent.iterdir()] == ["autoencoder_dc"]
-
-
-def load_pretrain_world():
-    from experiments import pretrain_world
-
-    return pretrain_world
-
-
-def test_the_version_is_raised_with_the_code_that_makes_the_models():
-    assert PRETRAINING_CODE.get(world.VERSION) == pretraining_code(), (
-        "The code that makes the tiny models has changed. If it makes other models now, raise "
-        "VERSION in support/world.py; else users keep those they have. In both cases write "
-        f"{{VERSION: {pretraining_code()!r}}} into PRETRAINING_CODE in tests/test_world.py."
-    )
-
-
-def pretraining_code():
-    """Hash of experiments/pretrain_world.py and world.draw, without comments and docstrings."""
-    program = ast.parse((PROJECT / "experiments" / "pretrain_world.py").read_text())
-    statements = ast.parse(Path(world.__file__).read_text()).body
-    draw = next(node for node in statements if getattr(node, "name", "") == "draw")
-    text = []
-    for node in [*ast.walk(program), *ast.walk(draw)]:
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(
-            node
-        ):
-            node.body[0].value.value = ""
-        # Not ast.dump, whose text is not the same in all versions of Python.
-        values = [
-            value for _, value in ast.iter_fields(node) if isinstance(value, str | int | float)
-        ]
-        text.append(f"{type(node).__name__} {values}")
-    return hashlib.sha256("\n".join(text).encode()).hexdigest()[:16]
+@pytest.mark.parametrize("name", [None, *MODEL_NAMES])
+def test_the_classifier_is_right_on_drawn_pictures_and_through_each_autoencoder(name):
+    prompts = world.HELD_OUT_PROMPTS * 4
+    images = world.draw(prompts, torch.Generator().manual_seed(5))
+    if name:
+        model = models.load(name)
+        images = model.decode(encode_images(model, images))
+    judged = world.judge(images, prompts)
+    assert judged["accuracy"].mean() >= 0.98 and judged["clear"].mean() >= 0.95
