@@ -313,7 +313,8 @@ def evaluate(run):
 
 def before_after(run):
     """(At most 8 held-out prompts; a row (label, images, scores) of the base model and one of the
-    EMA policy). Both draw of each prompt the image that an evaluation draws first."""
+    EMA policy). Both draw of each prompt the image that an evaluation draws first, but for the
+    roundings of a merged copy and of its micro-batch."""
     c, n = run.config, len(run.held_out.prompts)
     chosen, rows = sorted({i * n // 8 for i in range(8)}), []
     prompts = [run.held_out.prompts[i] for i in chosen]
@@ -503,8 +504,8 @@ def train(config):
             raise
         if distributed.RANK == 0:
             models.save_lora(run.model, "ema", Path(c.output_dir) / "lora")
-            report.before_after(*before_after(run))
             report.card(run.model, report.finish())
+            report.before_after(*before_after(run))
 
 
 def main(argv=None):

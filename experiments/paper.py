@@ -47,6 +47,9 @@ from support.report import mean_and_error, plt
 
 PROJECT = Path(__file__).parent.parent
 RUNS, RESULTS = PROJECT / "runs" / "paper", PROJECT / "docs" / "results.md"
+# Asked when the program starts, because the project may change while runs are made.
+_DESCRIBE = ["git", "describe", "--always", "--dirty"]
+COMMIT = subprocess.run(_DESCRIBE, cwd=PROJECT, capture_output=True, text=True).stdout.strip()
 
 # ---------------------------------------------------------------------------------------------
 # Runs of train.py
@@ -128,12 +131,10 @@ def run_variants(given, variants):
 
 def provenance(started):
     """What docs/results.md says of how something was made that was started at this time."""
-    head = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(head, cwd=PROJECT, capture_output=True, text=True).stdout.strip()
     info = Path("/proc/cpuinfo")
     cpus = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
     machine = f"{[*cpus, platform.processor()][0]}, {os.cpu_count()} cores"
-    return dict(commit=commit, machine=machine, seconds=time.perf_counter() - started)
+    return dict(commit=COMMIT, machine=machine, seconds=time.perf_counter() - started)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -214,7 +215,7 @@ VARIANTS = {  # experiment -> {variant: options}; all are compared with the firs
     "kept": {"24 of 96": {}, "48 of 96": dict(keep=48), "96 of 96": dict(keep=96)},
     "selection": {"best_worst": {}, "random_subset": dict(select="random_subset")},
     "controls": {
-        "right": {},
+        "sol_rl": {},
         "advantages negated": dict(control="negated"),
         "another prompt's text in the update": dict(control="other_text"),
         "all weights 1": dict(control="weights_one"),
@@ -232,13 +233,13 @@ NAIVE_FP4 = {  # settings in which naive_quant is compared with naive_scaling
     "the default": {},
     "80 updates": dict(steps=80),
     "every layer quantized": dict(control="every_layer"),
-    "learning rate 3e-3": dict(learning_rate=3e-3),
+    "learning rate 1e-2": dict(learning_rate=1e-2),
     "all weights 1": dict(control="weights_one"),
     "advantage-weighted regression": dict(control="advantage_weighted"),
     "advantage-weighted, every layer": dict(control="advantage_weighted+every_layer"),
     "6 sampling steps": dict(rollout_steps=6),
 }
-SPEED_UPS = (1.41, 2.33, 2.41)  # of the rollout, measured in the paper: SANA, FLUX.1, SD3.5-L
+SPEED_UPS = {"sana": 1.41, "flux": 2.33, "sd3": 2.41}  # of the rollout, measured in the paper
 PAPER_RATIOS = {  # the baseline's GPU-hours / Sol-RL's, to reach these shares of the gain
     "sana": {0.25: 1.6, 0.5: 1.9, 0.75: 2.2, 1.0: 2.42},
     "flux": {0.25: 1.6, 0.5: 1.9, 0.75: 2.3, 1.0: 3.00},
@@ -285,18 +286,20 @@ def evaluations(config):
 
 def costs_of_update(runs, model):
     """{what is counted: thousands of evaluations of the model in an update}."""
-    configs = {name: runs[model, name][0].config for name in VARIANTS["algorithms"]}
-    rollout, training = evaluations(configs["sol_rl"])
-    costs = {"24 in 24": sum(evaluations(configs["diffusionnft"]))}
-    costs["sol_rl, FP4 at no speed-up"] = rollout + training
-    scaling, _ = evaluations(configs["naive_scaling"])
-    for speed_up in SPEED_UPS:
-        costs[f"sol_rl, modelled at {speed_up}x"] = scaling / speed_up + training
-    return {name: cost * configs["sol_rl"].prompts_per_step / 1000 for name, cost in costs.items()}
+    config = runs[model, "sol_rl"][0].config
+    rollout, training = evaluations(config)
+    scaling, _ = evaluations(SimpleNamespace(**vars(config) | dict(algorithm="naive_scaling")))
+    costs = {
+        "24 in 24": sum(evaluations(runs[model, "diffusionnft"][0].config)),
+        "sol_rl, FP4 at no speed-up": rollout + training,
+        "sol_rl, modelled": scaling / SPEED_UPS[model] + training,
+    }
+    return {name: cost * config.prompts_per_step / 1000 for name, cost in costs.items()}
 
 
 def milestones(given):
-    runs, rows = run_variants(given, VARIANTS["algorithms"]), []
+    variants = {"sol_rl": {}, "diffusionnft": dict(algorithm="diffusionnft")}
+    runs, rows = run_variants(given, variants), []
     for model in given.models:
         bases, of_sol_rl = runs[model, "diffusionnft"], runs[model, "sol_rl"]
         (name, base_cost), *costs = costs_of_update(runs, model).items()
@@ -319,9 +322,9 @@ def milestones(given):
         f"the same seed; mean ± standard error over seeds {given.seeds}, interpolated linearly "
         f"between evaluations. Cost: thousands of BF16 evaluations of the model, a backward pass "
         f"counted as two. Ratio: cost of 24 in 24 / cost of sol_rl, seed by seed; the paper's are "
-        f"of GPU-hours. **Modelled** columns are not measured: in them the whole rollout of sol_rl "
-        f"is taken to cost 1/1.41, 1/2.33 or 1/2.41 of naive_scaling's, as the paper's seconds per "
-        f"iteration of SANA, FLUX.1 and SD3.5-L do.\n\n"
+        f"of GPU-hours. The **modelled** column is not measured: in it the whole rollout of sol_rl "
+        f"is taken to be as many times faster than naive_scaling's as the paper measured it, in "
+        f"seconds per iteration: {SPEED_UPS}.\n\n"
     )
     return text + table(columns, rows), runs
 
@@ -335,6 +338,8 @@ def naive_fp4(given):
     text += "Lowest and highest gain: of all evaluations.\n"
     for setting, options in NAIVE_FP4.items():
         pair = {n: options | dict(algorithm=n) for n in ("naive_scaling", "naive_quant")}
+        if options.get("control") == "every_layer":  # which BF16 copies do not have
+            del pair["naive_scaling"]["control"]
         runs = run_variants(given, pair)
         text += f"\n### {setting}\n\n{compare(given, runs, 'naive_scaling', own=own)}"
         all_runs |= {(setting, key): of_seeds for key, of_seeds in runs.items()}
@@ -342,7 +347,7 @@ def naive_fp4(given):
 
 
 # ---------------------------------------------------------------------------------------------
-# Rank fidelity of the untrained models, without runs
+# Rank fidelity of the base models, without runs
 
 POOL, KEEP, ROLLOUT_STEPS = 96, 12, 10  # KEEP best and KEEP worst are compared
 COLUMNS = "kendall_tau spearman_rho top_match bottom_match top_rank bottom_rank".split()
@@ -358,7 +363,7 @@ LADDER |= {f"nvfp4, {n} steps": ("nvfp4", n, POOL) for n in (2, 4, 8)}
 LADDER |= {EVERY_LAYER: ("nvfp4", 6, POOL)}
 PAPER_RANKS = [
     ["paper", "CLIPScore", "0.752", "0.900", "0.922", "", "", ""],
-    ["paper", "HPSv2 (ranks: SANA)", "0.827", "0.943", "0.939", "", "8.7", "87.4"],
+    ["paper", "HPSv2; ranks of SANA", "0.827", "0.943", "0.939", "", "8.7", "87.4"],
     ["paper", "HPSv2, FLUX.1", "", "", "", "", "8.4", "87.4"],
 ]
 
@@ -378,7 +383,7 @@ def draw_pools(model, reward, prompts, transformer, steps, micro_batch=POOL):
 
 
 def ranking(proxies, given):
-    """How proxies, as in PROXIES, rank the pools of the untrained models against BF16."""
+    """How proxies, as in PROXIES, rank the pools of the base models against BF16."""
     prompts, rows, examples = world.HELD_OUT_PROMPTS[: given.prompts], [], []
     reward = build_reward("clipscore", clip=world.TINY / "clip")
     for name in given.models:
@@ -399,7 +404,7 @@ def ranking(proxies, given):
                     images = model.decode(latents[kept])
                     examples.append((f"{name}, {label}", images, rewards[kept]))
     text = (
-        f"Pools of {POOL} seeds of {given.prompts} prompts, drawn by the untrained models in 6 "
+        f"Pools of {POOL} seeds of {given.prompts} prompts, drawn by the base models in 6 "
         f"steps where the row names no other number, ranked against BF16 at {ROLLOUT_STEPS} steps; "
         f"mean ± standard error over prompts. Match: the share of the proxy's best (worst) {KEEP} "
         f"that are truly among them. Rank: the mean true rank, 1 = best, of the proxy's best "
@@ -421,7 +426,7 @@ def draw_candidates(prompt, examples):
             axis.set_title(f"{reward:.2f}", fontsize=8)
             axis.set(xticks=[], yticks=[])
         row[0].set_ylabel(label, fontsize=8)
-    figure.suptitle(f"{prompt}: best 4 and worst 4 as explored", fontsize=10)
+    figure.suptitle(f"{prompt}: best 4 and worst 4 by their NVFP4 rewards", fontsize=10)
     save(figure, "candidates.png")
 
 
@@ -483,6 +488,7 @@ def read_command_line(argv):
     given = parser.parse_args(argv)
     most = len(world.HELD_OUT_PROMPTS)
     require(1 <= given.prompts <= most, f"--prompts {given.prompts}: must be from 1 to {most}")
+    require(len(set(given.seeds)) == len(given.seeds), "--seeds: must all be different")
     require(given.explore_steps > 0, f"--explore_steps {given.explore_steps}: must be at least 1")
     for word in given.options:
         require("=" in word, f"--options {word}: must be NAME=VALUE")

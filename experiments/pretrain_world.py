@@ -21,11 +21,11 @@ The tiny models differ from real ones in this:
  3. The flow models were never trained without a prompt, so there is no classifier-free guidance.
 
 All parts take about two and a half hours on one core. The tensors are so small that a second thread
-hardly helps. With two cores, run the program twice with different parts.
+hardly helps. With two cores, make autoencoder_dc and autoencoder_kl at the same time, then clip
+beside classifier and sana, then flux beside sd3.
 """
 
 import argparse
-import functools
 import itertools
 import json
 import shutil
@@ -259,9 +259,11 @@ def batch_of_neighbours(neighbours, generator):
     in one attribute. neighbours: for each prompt, the indices of those that do."""
     chosen = {}
     for i in torch.randperm(len(neighbours), generator=generator).tolist():
+        if len(chosen) == 64:
+            break
         order = torch.randperm(len(neighbours[i]), generator=generator).tolist()
         free = [j for j in (neighbours[i][k] for k in order) if j not in chosen]
-        if i not in chosen and len(free) >= 3 and len(chosen) < 64:
+        if i not in chosen and len(free) >= 3:
             chosen |= dict.fromkeys([i, *free[:3]])
     return list(chosen)
 

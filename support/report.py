@@ -228,6 +228,7 @@ class Report:
                     axis.spines[:].set(color=colour, linewidth=2)
                 axis.set_xlabel(text, color=colour, fontweight="bold")
         self._write_figure("before_after.png", figure)
+        say(f"wrote {self.folder / 'before_after.png'}")
 
     def _curve(self):
         """curve.png, on held-out prompts: the gain in reward, below it the accuracy of a tiny model
@@ -281,8 +282,7 @@ class Report:
             )
         stages = "  ".join(f"{stage} {seconds:.0f}s" for stage, seconds in self.seconds.items())
         say(f"time: {time.perf_counter() - self.started:.0f}s in all;  {stages}")
-        names = "curve.png before_after.png images metrics.jsonl checkpoints config.json"
-        for name in names.split():
+        for name in ("curve.png", "images", "metrics.jsonl", "checkpoints", "config.json"):
             if (self.folder / name).exists():
                 say(f"wrote {self.folder / name}")
         return result
