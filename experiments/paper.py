@@ -142,12 +142,13 @@ def provenance(started):
 
 
 def show(values, form=".3f"):
-    """Mean and its standard error. Infinity stands for a run that does not get there."""
+    """Mean and, if the values differ, its standard error. Infinity stands for a run that does not
+    get there."""
     missing = sum(not math.isfinite(value) for value in values)
     if missing:
         return f"not reached by {missing} of {len(values)}"
     mean, error = mean_and_error(values)
-    return f"{mean:{form}}" + (f" ± {error:{form.lstrip('+')}}" if len(values) > 1 else "")
+    return f"{mean:{form}}" + (f" ± {error:{form.lstrip('+')}}" if len(set(values)) > 1 else "")
 
 
 def table(columns, rows):
