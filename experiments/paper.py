@@ -176,8 +176,8 @@ def reading(given, reference):
     """How the tables of `compare` are read."""
     return (
         f"Mean ± standard error over seeds {given.seeds}, in rows of several models over all pairs "
-        f"of a model and a seed; the held-out prompts are always the same. The lead of {reference} over a row, "
-        f"at half of the updates and at the end, is that of pairs of runs with the same model and "
+        f"of a model and a seed; the held-out prompts are always the same. The lead of {reference} "
+        f"over a row, at half of the updates and at the end, is that of pairs of runs with the same model and "
         f"seed. Caught up: the share of the updates after which {reference} first has the reward "
         f"that the row has at the end. Accuracy: pictures of held-out prompts that match their "
         f"prompt in all five attributes. Clear: pictures whose five attributes the classifier is "
