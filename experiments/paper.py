@@ -175,13 +175,13 @@ PAIRED = {  # columns -> (format, function of the reference's Run and a Run with
 def reading(given, reference):
     """How the tables of `compare` are read."""
     return (
-        f"Mean ± standard error over seeds {given.seeds}, in rows of several models over all pairs "
-        f"of a model and a seed; the held-out prompts are always the same. The lead of {reference} "
-        f"over a row, at half of the updates and at the end, is that of pairs of runs with the same model and "
-        f"seed. Caught up: the share of the updates after which {reference} first has the reward "
-        f"that the row has at the end. Accuracy: pictures of held-out prompts that match their "
-        f"prompt in all five attributes. Clear: pictures whose five attributes the classifier is "
-        f"sure of, whichever they are.\n\n"
+        f"Mean ± standard error over seeds {given.seeds}; in rows of several models, over all "
+        f"pairs of a model and a seed. The held-out prompts are always the same. The lead of "
+        f"{reference} over a row, at half of the updates and at the end, is that of pairs of runs "
+        f"with the same model and seed. Caught up: the share of the updates after which "
+        f"{reference} first has the reward that the row has at the end. Accuracy: pictures of "
+        f"held-out prompts that match their prompt in all five attributes. Clear: pictures whose "
+        f"five attributes the classifier is sure of, whichever they are.\n\n"
     )
 
 
