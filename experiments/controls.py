@@ -37,7 +37,7 @@ def weights_one(rewards, adv_clip=5.0, std_over="all"):
 
 def advantage_weighted(v, v_old, v_ref, x_t, x_0, t, advantages, beta=1.0, adv_clip=5.0, kl=1e-4):
     """Advantage-weighted regression: only l_plus, weighted by the advantage where it is positive.
-    The arguments are those of nft_loss."""
+    The gradient of the KL term is weighted too. The arguments are those of nft_loss."""
     weight = (advantages / adv_clip).clamp(0, 1).reshape(-1, *[1] * (v.dim() - 1))
     v = v.detach() + weight * (v - v.detach())  # the same values; their gradients are weighted
     r_is_one = torch.full_like(advantages, adv_clip)

@@ -42,7 +42,7 @@ import train
 from reward import build_reward
 from rollout import candidate_seeds, draw_and_score, make_copy
 from support import models, world
-from support.errors import InputError, exit_code, require
+from support.errors import InputError, Parser, exit_code, require
 from support.report import mean_and_error, plt
 
 PROJECT = Path(__file__).parent.parent
@@ -319,6 +319,7 @@ def milestones(given):
             rows.append([model, f"{share:.0%}", *cells, f"{paper}"])
     columns = ["model", "share of the gain", f"updates: {name}", "updates: sol_rl", f"cost: {name}"]
     columns += [*(f"cost: {name}; ratio" for name, _ in costs), "paper's ratio"]
+    speed_ups = ", ".join(f"{model} {SPEED_UPS[model]}" for model in given.models)
     text = (
         f"Updates and cost to reach shares of the final gain that diffusionnft (24 in 24) has with "
         f"the same seed; mean ± standard error over seeds {given.seeds}, interpolated linearly "
@@ -326,7 +327,7 @@ def milestones(given):
         f"counted as two. Ratio: cost of 24 in 24 / cost of sol_rl, seed by seed; the paper's are "
         f"of GPU-hours. The **modelled** column is not measured: in it the whole rollout of sol_rl "
         f"is taken to be as many times faster than naive_scaling's as the paper measured it, in "
-        f"seconds per iteration: {SPEED_UPS}.\n\n"
+        f"seconds per iteration: {speed_ups}.\n\n"
     )
     return text + table(columns, rows), runs
 
@@ -456,7 +457,7 @@ EXPERIMENTS = {  # name -> (title, function of the command line)
 
 def section(title, command, started, text, runs):
     """A section of docs/results.md: how it was made, then the experiment's text."""
-    made = list({id(run): run.made for of_seeds in runs.values() for run in of_seeds}.values())
+    made = [run.made for of_seeds in runs.values() for run in of_seeds]
     time_taken = f"{len(made)} runs, two at a time with one thread each, of " if made else ""
     made = made or [provenance(started)]
     time_taken += f"{sum(m['seconds'] for m in made) / len(made):.0f} s"
@@ -469,11 +470,6 @@ def replace_section(page, name, text):
     begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
     before, _, rest = page.partition(begin)
     return before + begin + text + end + rest.partition(end)[2]
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise InputError(f"{message}; --help lists every option")
 
 
 def read_command_line(argv):

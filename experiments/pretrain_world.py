@@ -250,6 +250,14 @@ def encode_images(vae, images):
     )
 
 
+def latents_of(model, images):
+    """Images (n, 3, h, w) in [0, 1] -> the latents float32 (n, c, h, w) that a models.Model's
+    `decode` takes."""
+    config = model.vae.config
+    z = encode_images(model.vae, (2 * images - 1).to(model.vae.dtype)).float()
+    return (z - (config.get("shift_factor") or 0)) * config.scaling_factor
+
+
 # ---------------------------------------------------------------------------------------------
 # The reward
 
@@ -508,13 +516,12 @@ def mislabelled(captions, generator):
 def train_flow(builder, model, part):
     """Train the transformer of a models.Model by flow matching on 20 pictures of each training
     caption; returns [its pipeline]."""
-    transformer, config = model.transformer, model.vae.config
+    transformer = model.transformer
     torch.nn.init.zeros_(transformer.proj_out.weight)
     torch.nn.init.zeros_(transformer.proj_out.bias)
     captions = TRAIN_PROMPTS * 20
     images = torch.cat([draw(TRAIN_PROMPTS, builder.generator) for _ in range(20)])
-    latents = encode_images(model.vae, 2 * images - 1) - (config.get("shift_factor") or 0)
-    latents *= config.scaling_factor
+    latents = latents_of(model, images)
     texts = model.encode(TRAIN_PROMPTS)
     index = {prompt: i for i, prompt in enumerate(TRAIN_PROMPTS)}
     labels = mislabelled(captions, builder.generator)
@@ -580,10 +587,8 @@ def judge():
     row("spoiled as for the reward", degrade(drawn, generator))
     for name in models.MODELS:
         model = models.load(name)
-        z = encode_images(model.vae, (2 * drawn - 1).to(model.vae.dtype)).float()
-        config = model.vae.config
-        z = (z - (config.get("shift_factor") or 0)) * config.scaling_factor
-        row(f"drawn, through the autoencoder of {name}", model.decode(z))
+        decoded = model.decode(latents_of(model, drawn))
+        row(f"drawn, through the autoencoder of {name}", decoded)
         noise = torch.randn(len(prompts), *model.latent_shape, generator=generator)
         x_0 = sample(model, model.transformer, model.encode(prompts), noise, 20)
         row(f"by {name} in 20 steps", model.decode(x_0))

@@ -1,5 +1,6 @@
 """How a run ends early, and files that are written whole or not at all."""
 
+import argparse
 import contextlib
 import os
 import re
@@ -15,6 +16,13 @@ OUT_OF_MEMORY = "out of memory|can't allocate memory"  # what torch says, on a G
 
 class InputError(ValueError):
     """Bad input: one line that names the option, its value and what would do. Exit code 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line whose errors are InputErrors."""
+
+    def error(self, message):
+        raise InputError(f"{message}; --help lists every option")
 
 
 class Stopped(Exception):

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from support import distributed
-from support.errors import InputError, require
+from support.errors import InputError, Parser, require
 
 
 def option(default, help=None, choices=None, tiny=None):
@@ -98,13 +98,6 @@ RANGES = {int: (1, 999_999), float: (1e-30, 1e30), "seed": (0, 2**63 - 1), "kl":
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 OPTIONS = {name: field for name, field in FIELDS.items() if field.metadata.get("help")}
 TINY = {n: f.metadata["tiny"] for n, f in FIELDS.items() if f.metadata.get("tiny") is not None}
-
-
-class Parser(argparse.ArgumentParser):
-    """Its errors are InputErrors."""
-
-    def error(self, message):
-        raise InputError(f"{message}; --help lists every option")
 
 
 def read_command_line(argv, description=None):

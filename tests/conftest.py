@@ -60,17 +60,6 @@ def load(name, solver=None):
     return models.load(name, solver=solver, dtype=torch.float32)
 
 
-def encode_images(model, images):
-    """Images (n, 3, h, w) in [0, 1] -> the latents that the model's `decode` takes."""
-    import torch
-
-    config, x = model.vae.config, (2 * images - 1).to(model.vae.dtype)
-    with torch.no_grad():
-        encoded = model.vae.encode(x)
-    latents = encoded.latent if "latent" in encoded else encoded.latent_dist.mode()
-    return (latents.float() - (config.get("shift_factor") or 0)) * config.scaling_factor
-
-
 def with_policies(model):
     """Add LoRA to a model. Returns its transformer, whose policy, old policy and base differ."""
     from support import models

@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import MODEL_NAMES, PROJECT, encode_images, load, with_policies
+from conftest import MODEL_NAMES, PROJECT, load, with_policies
 from diffusers import (
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -20,6 +20,7 @@ from diffusers import (
 from peft import LoraConfig
 
 import quant
+from experiments.pretrain_world import latents_of
 from rollout import initial_noise, sample, sampling_times
 from support import dry_run, models
 from support.errors import InputError
@@ -231,7 +232,7 @@ def test_velocity_is_noise_minus_data_at_times_from_0_to_1(model, monkeypatch):
     not."""
     g = torch.Generator().manual_seed(1)
     prompts = [TRAIN_PROMPTS[i] for i in torch.randperm(len(TRAIN_PROMPTS), generator=g)[:128]]
-    x_0 = encode_images(model, draw(prompts, g))
+    x_0 = latents_of(model, draw(prompts, g))
     text = model.encode(prompts)
     noise, t = torch.randn(x_0.shape, generator=g), torch.rand(len(x_0), generator=g)
     x_t = torch.lerp(x_0, noise, t[:, None, None, None])

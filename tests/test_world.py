@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
-from conftest import MODEL_NAMES, encode_images
+from conftest import MODEL_NAMES
 from diffusers import DiffusionPipeline
 from safetensors import safe_open
 
+from experiments.pretrain_world import latents_of
 from support import models, world
 
 
@@ -96,6 +97,6 @@ def test_the_classifier_is_right_on_drawn_pictures_and_through_each_autoencoder(
     images = world.draw(prompts, torch.Generator().manual_seed(5))
     if name:
         model = models.load(name)
-        images = model.decode(encode_images(model, images))
+        images = model.decode(latents_of(model, images))
     judged = world.judge(images, prompts)
     assert judged["accuracy"].mean() >= 0.98 and judged["clear"].mean() >= 0.95
