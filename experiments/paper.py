@@ -240,6 +240,7 @@ NAIVE_FP4 = {  # settings in which naive_quant is compared with naive_scaling
     "advantage-weighted regression": dict(control="advantage_weighted"),
     "advantage-weighted, every layer": dict(control="advantage_weighted+every_layer"),
     "6 sampling steps": dict(rollout_steps=6),
+    "a reward that sees texture": dict(reward="clipscore,experiments/smooth.py:smooth:20"),
 }
 SPEED_UPS = {"sana": 1.41, "flux": 2.33, "sd3": 2.41}  # of the rollout, measured in the paper
 PAPER_RATIOS = {  # the baseline's GPU-hours / Sol-RL's, to reach these shares of the gain
