@@ -42,7 +42,7 @@ import train
 from reward import build_reward
 from rollout import candidate_seeds, draw_and_score, make_copy
 from support import models, world
-from support.errors import InputError, Parser, exit_code, require
+from support.errors import InputError, Parser, exit_code, require, written_whole
 from support.report import mean_and_error, plt
 
 PROJECT = Path(__file__).parent.parent
@@ -117,7 +117,12 @@ def finish(options):
 
 def run_variants(given, variants):
     """{(model, variant): its Runs, one for each seed}. given: the command line; variants: {name:
-    options}, without those that have train.py's defaults, so that experiments share folders."""
+    options}, without those that have train.py's defaults, so that experiments share folders.
+    Raises InputError if --options names one that the experiment sets, or that leaves no accuracy."""
+    fixed = {"model", "seed", "pretrained", "resolution", "prompts", "eval_prompts"}
+    fixed |= {name for variant in variants.values() for name in variant}
+    for name in sorted(fixed & given.options.keys()):
+        raise InputError(f"--options {name}: cannot be chosen in this experiment")
     options = {
         (model, name): [dict(model=model, seed=s) | given.options | variant for s in given.seeds]
         for model in given.models
@@ -454,6 +459,7 @@ EXPERIMENTS = {  # name -> (title, function of the command line)
     "fidelity": ("Does NVFP4 rank as BF16 does? (Table 8)", partial(ranking, PROXIES)),
     "ladder": ("Ranking in other precisions and numbers of steps", partial(ranking, LADDER)),
 }
+RANKINGS = ("fidelity", "ladder")  # these compare no runs of train.py
 
 
 def section(title, command, started, text, runs):
@@ -474,21 +480,32 @@ def replace_section(page, name, text):
 
 
 def read_command_line(argv):
+    """Each experiment is a command with its own options; an option of another one is refused."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = dict(nargs="+", default=list(models.MODELS), choices=models.MODELS)
-    parser.add_argument("experiment", choices=EXPERIMENTS)
-    parser.add_argument("--models", "--model", **names, help="default: all")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the runs")
-    options_help = "options of train.py for all runs, as in steps=20 learning_rate=3e-3"
-    parser.add_argument("--options", nargs="+", default=[], metavar="NAME=VALUE", help=options_help)
-    parser.add_argument("--prompts", type=int, default=16, help="of fidelity and ladder")
-    parser.add_argument("--precision", choices=train.quant.PRECISIONS, help="of fidelity")
-    parser.add_argument("--explore_steps", type=int, default=6, help="of fidelity --precision")
+    commands = parser.add_subparsers(dest="experiment", required=True, metavar="NAME")
+    for name, (title, _) in EXPERIMENTS.items():
+        command = commands.add_parser(name, help=title, description=title, allow_abbrev=False)
+        known = dict(nargs="+", default=list(models.MODELS), choices=models.MODELS)
+        command.add_argument("--models", "--model", **known, help="default: all")
+        if name in RANKINGS:
+            command.add_argument("--prompts", type=int, default=16, help="how many; default: 16")
+            continue
+        command.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the runs")
+        options_help = "options of train.py for all runs, as in steps=20 learning_rate=3e-3"
+        command.add_argument("--options", nargs="+", default=[], metavar="A=B", help=options_help)
+    fidelity = commands.choices["fidelity"]
+    precision_help = "rank in this precision and in BF16, and only print"
+    fidelity.add_argument("--precision", choices=train.quant.PRECISIONS, help=precision_help)
+    fidelity.add_argument("--explore_steps", type=int, help="with --precision; default: 6")
     given = parser.parse_args(argv)
-    most = len(world.HELD_OUT_PROMPTS)
-    require(1 <= given.prompts <= most, f"--prompts {given.prompts}: must be from 1 to {most}")
+    if given.experiment in RANKINGS:
+        most, steps = len(world.HELD_OUT_PROMPTS), getattr(given, "explore_steps", None)
+        require(1 <= given.prompts <= most, f"--prompts {given.prompts}: must be from 1 to {most}")
+        if steps is not None:
+            require(given.precision, f"--explore_steps {steps}: needs --precision")
+            require(steps > 0, f"--explore_steps {steps}: must be at least 1")
+        return given
     require(len(set(given.seeds)) == len(given.seeds), "--seeds: must all be different")
-    require(given.explore_steps > 0, f"--explore_steps {given.explore_steps}: must be at least 1")
     for word in given.options:
         require("=" in word, f"--options {word}: must be NAME=VALUE")
     given.options = dict(word.split("=", 1) for word in given.options)
@@ -498,7 +515,7 @@ def read_command_line(argv):
 def main(argv):
     started, given = time.perf_counter(), read_command_line(argv)
     if given.experiment == "fidelity" and given.precision:
-        steps, precisions = given.explore_steps, (given.precision, "bf16")
+        steps, precisions = given.explore_steps or 6, (given.precision, "bf16")
         proxies = {f"{name}, {steps} steps": (name, steps, POOL) for name in precisions}
         print(ranking(proxies, given)[0])
         return
@@ -506,7 +523,8 @@ def main(argv):
     title, experiment = EXPERIMENTS[given.experiment]
     text = section(title, command, started, *experiment(given))
     page = RESULTS.read_text() if RESULTS.exists() else ""
-    RESULTS.write_text(replace_section(page, given.experiment, text))
+    with written_whole(RESULTS) as temporary:
+        temporary.write_text(replace_section(page, given.experiment, text))
     print(text)
 
 

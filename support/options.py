@@ -97,7 +97,9 @@ RUNNING += ("device", "compile", "train_micro_batch", "low_memory")
 RANGES = {int: (1, 999_999), float: (1e-30, 1e30), "seed": (0, 2**63 - 1), "kl": (0, 1e30)}
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 OPTIONS = {name: field for name, field in FIELDS.items() if field.metadata.get("help")}
-TINY = {n: f.metadata["tiny"] for n, f in FIELDS.items() if f.metadata.get("tiny") is not None}
+TINY_DEFAULTS = {
+    n: f.metadata["tiny"] for n, f in FIELDS.items() if f.metadata.get("tiny") is not None
+}
 
 
 def read_command_line(argv, description=None):
@@ -107,8 +109,8 @@ def read_command_line(argv, description=None):
     parser = Parser(description=description, formatter_class=as_written, allow_abbrev=False)
     for name, field in OPTIONS.items():
         default = DEFAULTS_IN_WORDS.get(name, field.default)
-        if name in TINY:
-            default = f"{TINY[name]}; with --pretrained: {default}"
+        if name in TINY_DEFAULTS:
+            default = f"{TINY_DEFAULTS[name]}; with --pretrained: {default}"
         help = field.metadata["help"] + (f" (default: {default})" if default != "" else "")
         settings = dict(type=field.type, metavar=field.type.__name__.upper())
         if field.type is bool:
@@ -153,7 +155,7 @@ def parse(argv, choices, paper, description=None):
 def model_defaults(model, pretrained, paper):
     """The defaults of a model where they are not those of Config."""
     own = {name: value for name, value in paper.get(str(model), {}).items() if name in FIELDS}
-    return own | ({} if pretrained else TINY)
+    return own | ({} if pretrained else TINY_DEFAULTS)
 
 
 def resumed_config(given, paper):

@@ -26,7 +26,7 @@ def parse(*argv):
 def test_defaults_are_the_papers_the_models_or_for_tiny_models_their_own():
     tiny, flux = parse(), parse("--model", "flux", "--pretrained", "--prompts", "p.txt")
     assert (tiny.pool, tiny.keep, tiny.explore_steps, tiny.rollout_steps) == (96, 24, 6, 10)
-    own = options.TINY
+    own = options.TINY_DEFAULTS
     assert own["resolution"] == 32 and {"steps", "prompts_per_step", "eval_steps"} < own.keys()
     assert all(getattr(tiny, name) == value for name, value in own.items())
     expected = (300, 512, 3e-4, 28)
@@ -78,7 +78,7 @@ def test_help_and_a_mistyped_option_are_answered_without_torch():
     assert "--pol" in error and "What it does" in help and (code, modules) == ("code 0", "[]")
     text = " ".join(" ".join(help).split())
     assert all(f"--{name} " in text or f"--{name}," in text for name in options.OPTIONS)
-    steps = options.TINY["steps"]
+    steps = options.TINY_DEFAULTS["steps"]
     assert f"(default: {steps}; with --pretrained: 300)" in text
     assert "(default: the model's)" in text
 
@@ -208,7 +208,7 @@ def test_a_resumed_run_has_the_options_it_had_and_running_ones_may_change(tmp_pa
     assert again.checkpoint.notes == [
         f"continuing from {run / 'checkpoints' / 'step_000001'}",
         "steps was 2 and is 3",
-        f"eval_every was {options.TINY['eval_every']} and is 1",
+        f"eval_every was {options.TINY_DEFAULTS['eval_every']} and is 1",
     ]
     assert "checkpoint" not in dataclasses.asdict(again)
 

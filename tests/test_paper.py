@@ -130,7 +130,13 @@ def test_a_complete_run_is_not_repeated_and_a_failed_one_is_named(run, tmp_path,
         ("algorithm", "invalid choice: 'algorithm'"),
         ("pool --models sdxl", "invalid choice: 'sdxl'"),
         ("pool --options steps", "--options steps: must be NAME=VALUE"),
+        ("pool --precision fp8", "unrecognized arguments: --precision fp8"),
+        ("pool --options pool=4", "--options pool: cannot be chosen in this experiment"),
+        ("kept --options seed=4", "--options seed: cannot be chosen in this experiment"),
         ("fidelity --prompts 73", "--prompts 73: must be from 1 to 72"),
+        ("fidelity --seeds 1", "unrecognized arguments: --seeds 1"),
+        ("fidelity --explore_steps 4", "--explore_steps 4: needs --precision"),
+        ("fidelity --precision fp8 --explore_steps 0", "--explore_steps 0: must be at least 1"),
     ],
 )
 def test_bad_input_is_answered_in_a_line(words, error, capsys):

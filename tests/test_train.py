@@ -25,7 +25,7 @@ import test_method
 import train
 from rollout import initial_noise, sample
 from support import models, world
-from support.options import TINY, Config
+from support.options import TINY_DEFAULTS, Config
 
 
 def batch(n=6, seed=0):
@@ -156,7 +156,7 @@ def test_a_weighted_sum_trains_and_each_part_is_logged_and_others_are_only_measu
     )
     mine = tmp_path / "mine.py"
     options = ["--reward", f"clipscore:2,{mine}:red:-1", "--eval_rewards", f"{mine}:blue:7"]
-    monkeypatch.setitem(TINY, "advantage_std", "prompt")
+    monkeypatch.setitem(TINY_DEFAULTS, "advantage_std", "prompt")
     seen = []
 
     def spy(function):
@@ -362,15 +362,17 @@ def test_a_run_starts_with_25_000_prompts_as_with_100(tmp_path):
 
 def test_a_pretrained_folder_takes_the_very_code_of_the_tiny_model(tmp_path, monkeypatch):
     """The tiny FLUX.1 as a user's folder: the same numbers as from --model flux alone."""
-    monkeypatch.setitem(TINY, "eval_images", Config.eval_images)  # the two that are no options
-    monkeypatch.setitem(models.Flux.paper, "min_dim", TINY["min_dim"])
+    monkeypatch.setitem(
+        TINY_DEFAULTS, "eval_images", Config.eval_images
+    )  # the two that are no options
+    monkeypatch.setitem(models.Flux.paper, "min_dim", TINY_DEFAULTS["min_dim"])
     (tmp_path / "red.py").write_text("def red(i, p, m): return i[:, 0].mean(dim=(1, 2))\n")
     (tmp_path / "p.txt").write_text("\n".join(f"{n} red cats" for n in range(12)))
     options = [*MINIATURE, "--model", "flux", "--prompts", str(tmp_path / "p.txt")]
     options += ["--reward", f"{tmp_path / 'red.py'}:red", "--output_dir"]
     assert train.main([*options, str(tmp_path / "tiny")]) == 0
-    own = TINY.keys() - {"eval_images", "min_dim", "gradient_checkpointing"}
-    tiny = [f"--{name}={TINY[name]}" for name in own if f"--{name}" not in MINIATURE]
+    own = TINY_DEFAULTS.keys() - {"eval_images", "min_dim", "gradient_checkpointing"}
+    tiny = [f"--{name}={TINY_DEFAULTS[name]}" for name in own if f"--{name}" not in MINIATURE]
     tiny += ["--no-gradient_checkpointing", "--pretrained", str(world.TINY / "flux")]
     assert train.main([*options, str(tmp_path / "folder"), *tiny]) == 0
     assert outcome(tmp_path / "tiny") == outcome(tmp_path / "folder")
@@ -452,7 +454,7 @@ MODEL = "--prompts GOOD --prompts_per_step 1 --pretrained"
         (f"{MODEL} TAKEN", "model_index.json"),
         ("--resolution 36", "multiple of 8"),
         ("--model sd3 --resolution 96", "positions up to 64"),
-        ("--prompts GOOD", f"--prompts_per_step {TINY['prompts_per_step']}"),
+        ("--prompts GOOD", f"--prompts_per_step {TINY_DEFAULTS['prompts_per_step']}"),
         ("--prompts_per_step 649", "648 training prompts"),
         ("--resume nowhere", "nowhere"),
     ],
