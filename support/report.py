@@ -1,7 +1,7 @@
 """What a run writes and says, by its first process alone.
 
 config.json       every option, and what else train.py tells of the run
-metrics.jsonl     one line per step (the README defines each name); NaN is null
+metrics.jsonl     one line per step (docs/running.md defines each name); NaN is null
 images/           kept candidates of one prompt with their rewards, one row for each stage
 curve.png         gain in the reward of the held-out prompts; with tiny models, their accuracy
 before_after.png  held-out prompts, drawn from the same noise by the base model and the EMA policy

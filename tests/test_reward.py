@@ -522,8 +522,8 @@ class Service(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def service(tmp_path):
-    """The README's reward that asks a service, and a service for it."""
-    code = re.search(r"```python\n([^`]*def ask\([^`]*)```", (PROJECT / "README.md").read_text())
+    """The reward of docs/rewards.md that asks a service, and a service for it."""
+    code = re.search(r"```python\n([^`]*def ask\([^`]*)```", (PROJECT / "docs/rewards.md").read_text())
     server = ThreadingHTTPServer(("localhost", 0), Service)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     Service.trouble, Service.asked = [], 0

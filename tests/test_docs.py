@@ -1,0 +1,100 @@
+"""The README and docs/: paths, anchors and line numbers exist, and Python blocks compile.
+
+python tests/test_docs.py    # after a change of code: writes the README's line numbers again
+"""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).parent.parent
+README = PROJECT / "README.md"
+PAGES = [README, *sorted((PROJECT / "docs").glob("*.md"))]
+LINES = re.compile(r"(\[(\w+\.py)\]\(\2\) \| )(\d+)")  # of the table of files
+PLACE = re.compile(
+    r"((?:`\w+`(?:, )?)+) \| ((?:\w+\.py:\d+(?:, )?)+) \|"
+)  # of the table of symbols
+
+
+def first_line(file, name):
+    """The line on which a top-level function, class or constant of a file begins."""
+    for node in ast.parse((PROJECT / file).read_text()).body:
+        targets = [t.id for t in getattr(node, "targets", []) if isinstance(t, ast.Name)]
+        if name in (getattr(node, "name", None), *targets):
+            return node.lineno
+    raise AssertionError(f"{file} has no {name}")
+
+
+def with_right_numbers(text):
+    """The README with the numbers of lines, and those of functions, as they are now."""
+
+    def count(match):
+        return match[1] + str(len((PROJECT / match[2]).read_text().splitlines()))
+
+    def place(match):
+        names = re.findall(r"`(\w+)`", match[1])
+        files = re.findall(r"(\w+\.py):\d+", match[2])
+        assert len(names) == len(files), match[0]
+        places = [f"{file}:{first_line(file, name)}" for name, file in zip(names, files)]
+        return f"{match[1]} | {', '.join(places)} |"
+
+    return PLACE.sub(place, LINES.sub(count, text))
+
+
+def anchors(page):
+    """The anchors that a page's headings have on GitHub."""
+    headings = re.findall(r"^#+ (.*)", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def code_blocks(page, language):
+    return re.findall(
+        rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE
+    )
+
+
+def test_the_readme_is_short_and_its_line_numbers_are_right():
+    text = README.read_text()
+    assert len(text.splitlines()) <= 180 and len(text.split()) <= 2000
+    assert len(LINES.findall(text)) == 5 and len(PLACE.findall(text)) >= 10
+    assert text == with_right_numbers(text), "run python tests/test_docs.py"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_paths_exist(page):
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not target.startswith("http"):
+            path, _, anchor = target.partition("#")
+            linked = page.parent / path if path else page
+            assert linked.exists(), target
+            assert not anchor or anchor in anchors(linked), target
+    for path in re.findall(r"\b(?:support|experiments|tests|docs)/[\w./]*\w", page.read_text()):
+        assert (PROJECT / path).exists(), path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_blocks_compile(page):
+    for code in code_blocks(page, "python"):
+        compile(code, page.name, "exec")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_of_train_name_options_that_exist(page):
+    import train
+    from support.options import OPTIONS
+
+    names = {"help", *OPTIONS, *(f"no-{name}" for name in OPTIONS)}
+    for line in re.findall(
+        r"^ *(?:\S+ .*)?python (train\.py [^#`\n]*)", page.read_text(), re.MULTILINE
+    ):
+        for option in re.findall(r"--([\w-]+)", line):
+            assert option in names, line
+        for algorithm in re.findall(r"--algorithm (\w+)", line):
+            assert algorithm in train.ALGORITHMS, line
+
+
+if __name__ == "__main__":
+    README.write_text(with_right_numbers(README.read_text()))
