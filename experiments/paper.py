@@ -43,7 +43,7 @@ from reward import build_reward
 from rollout import candidate_seeds, draw_and_score, make_copy
 from support import models, world
 from support.errors import InputError, Parser, exit_code, require, written_whole
-from support.report import mean_and_error, plt
+from support.report import COLOURS, mean_and_error, plt
 
 PROJECT = Path(__file__).parent.parent
 RUNS, RESULTS = PROJECT / "runs" / "paper", PROJECT / "docs" / "results.md"
@@ -270,7 +270,8 @@ def algorithms(given):
                 curves = zip(*(run.values(metric) for run in runs[model, algorithm]))
                 means, errors = zip(*map(mean_and_error, curves))
                 steps = runs[model, algorithm][0].steps
-                axis.errorbar(steps, means, yerr=errors, label=algorithm, capsize=2)
+                colour = COLOURS[algorithm]
+                axis.errorbar(steps, means, errors, label=algorithm, color=colour, capsize=2)
         column[0].set_title(f"tiny {model}")
         column[1].set_xlabel("updates")
     axes[0, 0].set_ylabel(f"held-out reward, seeds {given.seeds}")

@@ -27,6 +27,18 @@ from support.errors import InputError, written_whole
 matplotlib.use("agg")
 from matplotlib import pyplot as plt  # noqa: E402  the backend must be chosen before
 
+# One colour for one thing in every figure; people who see no red or no green can tell them apart.
+COLOURS = {
+    "sol_rl": "#0072B2",  # blue
+    "naive_scaling": "#E69F00",  # orange
+    "naive_quant": "#CC79A7",  # pink
+    "diffusionnft": "#009E73",  # green
+    "nvfp4": "#882255",  # wine
+    "bf16": "#888888",  # grey
+    "best": "#56B4E9",  # sky blue
+    "worst": "#D55E00",  # vermilion
+}
+
 
 def mean_and_error(values):
     """(mean, standard error of the mean, which is NaN for one value) of a list of numbers."""
