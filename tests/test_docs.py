@@ -5,6 +5,7 @@ python tests/test_docs.py    # after a change of code: writes the README's line 
 
 import ast
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -78,7 +79,21 @@ def test_links_and_paths_exist(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_python_blocks_compile(page):
     for code in code_blocks(page, "python"):
-        compile(code, page.name, "exec")
+        # As the body of a function, because an excerpt may return.
+        compile("def block():\n" + textwrap.indent(code, "    "), page.name, "exec")
+
+
+def test_each_excerpt_is_a_copy_of_lines_of_the_function_that_it_names():
+    blocks = code_blocks(PROJECT / "docs" / "walkthrough.md", "python")
+    assert blocks
+    for block in blocks:
+        head, _, excerpt = block.partition("\n")
+        file, function = re.fullmatch(r"# (\w+\.py), (\w+)", head).groups()
+        source = (PROJECT / file).read_text()
+        (node,) = [n for n in ast.walk(ast.parse(source)) if getattr(n, "name", "") == function]
+        lines, n = source.splitlines()[node.lineno - 1 : node.end_lineno], excerpt.count("\n")
+        parts = [textwrap.dedent("\n".join(lines[i : i + n])) for i in range(len(lines))]
+        assert excerpt.rstrip() in parts, f"not in {file}, {function}:\n{excerpt}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
