@@ -331,7 +331,8 @@ def main():
     captions["training"] = training(run, looks, kept)
     captions["cost"] = cost(run, seconds, pool_seconds)
     made = "commit {commit}; {machine}; {seconds:.0f} s".format_map(provenance(started))
-    captions["made"] = f"`python experiments/walkthrough.py` ({made}; seed {run.config.seed})"
+    made += f" with {torch.get_num_threads()} threads; seed {run.config.seed}"
+    captions["made"] = f"`python experiments/walkthrough.py` ({made})"
     page = PAGE.read_text()
     for name, caption in captions.items():
         print(f"{name}: {caption}\n")
