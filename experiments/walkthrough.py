@@ -131,12 +131,13 @@ def pool(run, proxy):
     figure, axes = plt.subplots(8, 12, figsize=(8, 6.4))
     show(run, ordered, axes.flat, FRAMES[BEST] + ["white"] * 72 + FRAMES[WORST])
     save(figure, "pool")
-    right = matches(run, ordered)
+    right, rewards = matches(run, ordered), ordered.rewards
     return (
-        f'The pool of "{run.train.prompts[proxy.prompt]}", ordered by proxy reward, which stands '
-        f"above each picture. A tick: the picture matches the prompt. {right.sum()} of 96 do; "
-        f"{right[:12].sum()} of the 12 best (blue frames), {right[-12:].sum()} of the 12 worst "
-        f"(red frames). Mean proxy reward {proxy.rewards.mean():.3f}."
+        f'"{run.train.prompts[proxy.prompt]}", ordered by proxy reward. A tick: the picture '
+        f"matches the prompt. {right.sum()} of 96 do; {right[:12].sum()} of the 12 best (blue), "
+        f"{right[-12:].sum()} of the 12 worst (red). The mean rewards of the 12 best and the 12 "
+        f"worst are {rewards[:12].mean() - rewards[-12:].mean():.2f} apart, those of the better "
+        f"and the worse 48 {rewards[:48].mean() - rewards[48:].mean():.2f}."
     )
 
 
@@ -155,10 +156,10 @@ def ranking(proxy, truth, kept):
     top, bottom = (round(12 * fidelity[f"{side}_match"]) for side in ("top", "bottom"))
     distance = (proxy.rewards - truth.rewards).abs()
     return (
-        f"96 seeds of one prompt: Spearman's rho {fidelity['spearman_rho']:.3f}, Kendall's tau "
+        f"96 seeds: Spearman's rho {fidelity['spearman_rho']:.3f}, Kendall's tau "
         f"{fidelity['kendall_tau']:.3f}. Of the 12 best by proxy {top} are among the 12 best in "
         f"BF16, of the 12 worst {bottom} among the 12 worst. The two rewards of a seed differ by "
-        f"{distance.median():.3f} in the median and by {distance.max():.2f} at most."
+        f"{distance.median():.3f} (median), at most by {distance.max():.2f}."
     )
 
 
@@ -168,9 +169,9 @@ def precisions(run, proxy, truth, kept):
     show_kept(run, rows, "precisions")
     agree = (matches(run, proxy) == matches(run, truth)).sum()
     return (
-        f"The five best and the five worst seeds, with the reward of each picture. For {agree} of "
-        f"all 96 seeds the two pictures agree on whether they match the prompt. Their latents "
-        f"differ by {relative_change(truth.latents, proxy.latents):.0%} (root mean square)."
+        f"The five best and the five worst seeds. For {agree} of all 96 the two pictures agree on "
+        f"whether they match the prompt; the latents differ by "
+        f"{relative_change(truth.latents, proxy.latents):.0%} (root mean square)."
     )
 
 
@@ -199,13 +200,8 @@ def advantages(run, pools, samples):
         f"12 kept as worst"
         for sample in samples
     ]
-    pool, halves = pools[0][1].rewards.sort().values, rewards[0, BEST].mean() - rewards[0, WORST]
-    return (
-        f"First prompt: {texts[0]}. Second: {texts[1]}. Standard deviation of all 48 rewards: "
-        f"{rewards.std(correction=0):.3f}. The means of the first prompt's two kept halves are "
-        f"{halves.mean():.2f} apart, those of the upper and lower half of its whole pool "
-        f"{pool[48:].mean() - pool[:48].mean():.2f}."
-    )
+    deviation = f"Standard deviation of all 48 rewards: {rewards.std(correction=0):.3f}."
+    return f"First prompt: {texts[0]}. Second: {texts[1]}. {deviation}"
 
 
 def error_bound(u, unit_over_d=torch.tensor(0.0)):
@@ -235,8 +231,8 @@ def numbers(run, proxy):
         axis.plot(line, error_bound(line), color=COLOURS["nvfp4"], label="proven bound")
         axis.set(title=f"{name}: {x.numel():,} elements", xlabel="u = |x| / d", ylim=(0, 1.1))
         texts.append(
-            f"{name}: largest error / bound {share.max():.4f}, mean {share.mean():.2f}; error of "
-            f"the whole tensor {relative_change(x, tensor.dequantize()):.1%} (root mean square)"
+            f"{name}: error / bound at most {share.max():.4f}, mean {share.mean():.2f}; error of "
+            f"the tensor {relative_change(x, tensor.dequantize()):.1%} (root mean square)"
         )
     axes["weight"].set_ylabel("error |x - Q(x)| / d; darker: more elements")
     axes["weight"].legend()
@@ -248,7 +244,7 @@ def numbers(run, proxy):
     axes["grid"].set(yticks=[], ylim=(-0.4, 1.3))
     axes["grid"].set_xticks(codes, [f"{code:g}" for code in codes])
     save(figure, "numbers")
-    return f"Layer {LAYER}, its input at the last of 6 steps. {texts[0]}. {texts[1]}."
+    return f"{LAYER} and its input at the last of 6 steps. {texts[0]}. {texts[1]}."
 
 
 def one_update(sample, looks):
@@ -263,10 +259,10 @@ def one_update(sample, looks):
     save(figure, "one_update")
     correlation = torch.corrcoef(torch.stack([sample.advantages, change]))[0, 1]
     return (
-        f"The prompt's 24 kept candidates, each at its 6 training pairs. Mean change of the error: "
-        f"{change[BEST].mean():+.1f}% for those kept as best (blue), {change[WORST].mean():+.1f}% "
-        f"for those kept as worst (red); correlation with the advantage {correlation:.2f}. The "
-        f"velocity changed by {relative_change(v, new_v):.1%} (root mean square)."
+        f"The 24 kept candidates, each at its 6 training pairs. Mean change: "
+        f"{change[BEST].mean():+.1f}% for those kept as best, {change[WORST].mean():+.1f}% for "
+        f"those kept as worst; correlation with the advantage {correlation:.2f}. The velocity "
+        f"changed by {relative_change(v, new_v):.1%} (root mean square)."
     )
 
 
@@ -282,8 +278,8 @@ def training(run, looks, kept):
             f"{matches(run, pool).sum()} match"
         )
     return (
-        "Mean BF16 reward of all 96 seeds (of the 12 that were best, of the 12 that were worst), "
-        f"and how many of the 96 pictures match the prompt: {'; '.join(texts)}."
+        "Mean reward of all 96 seeds (of the 12 once best, of the 12 once worst), and how many of "
+        f"the 96 pictures match: {'; '.join(texts)}."
     )
 
 
@@ -307,8 +303,8 @@ def cost(run, seconds, pool_seconds):
     explore, regenerate = pool_seconds["explore"], pool_seconds["regenerate"]
     ratio = explore / c.explore_steps / (regenerate / c.rollout_steps)
     return (
-        f"One iteration. The two whole pools took {explore:.2f} s in simulated NVFP4 with "
-        f"{c.explore_steps} steps and {regenerate:.2f} s in BF16 with {c.rollout_steps} (one "
+        f"One iteration. Both whole pools took {explore:.2f} s in simulated NVFP4, "
+        f"{c.explore_steps} steps, and {regenerate:.2f} s in BF16, {c.rollout_steps} steps (one "
         f"measurement): a step in simulated NVFP4 takes {ratio:.1f} times as long."
     )
 
@@ -331,7 +327,7 @@ def main():
     captions["training"] = training(run, looks, kept)
     captions["cost"] = cost(run, seconds, pool_seconds)
     made = "commit {commit}; {machine}; {seconds:.0f} s".format_map(provenance(started))
-    made += f" with {torch.get_num_threads()} threads; seed {run.config.seed}"
+    made += f"; threads: {torch.get_num_threads()}; seed {run.config.seed}"
     captions["made"] = f"`python experiments/walkthrough.py` ({made})"
     page = PAGE.read_text()
     for name, caption in captions.items():
