@@ -135,7 +135,7 @@ def pool(run, proxy):
     return (
         f'"{run.train.prompts[proxy.prompt]}", ordered by proxy reward. A tick: the picture '
         f"matches the prompt. {right.sum()} of 96 do; {right[:12].sum()} of the 12 best (blue), "
-        f"{right[-12:].sum()} of the 12 worst (red). The mean rewards of the 12 best and the 12 "
+        f"{right[-12:].sum()} of the 12 worst (orange). The mean rewards of the 12 best and the 12 "
         f"worst are {rewards[:12].mean() - rewards[-12:].mean():.2f} apart, those of the better "
         f"and the worse 48 {rewards[:48].mean() - rewards[48:].mean():.2f}."
     )
