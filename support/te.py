@@ -44,6 +44,8 @@ def capability(device):
 
 def unusable(precision, device):
     """Why TE cannot run a precision (quant.Precision, not bf16) on a device, or "" if it can."""
+    if precision.format not in CAPABILITY:
+        return f"there is no recipe for {precision.format} in support/te.py"
     (gpu, needed), found = CAPABILITY[precision.format], capability(device)
     if found < needed:
         return f"no {gpu}: this is " + ("sm{}{}".format(*found) if any(found) else str(device))

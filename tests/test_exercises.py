@@ -1,0 +1,285 @@
+"""The exercises of docs/exercises.md: every solution is applied to a copy and checked.
+
+    python tests/test_exercises.py 3     # check your own answer to exercise 3, in this folder
+
+A check imports the changed file and tries it on small tensors, or makes one small iteration. It
+fails on the files as they are without a solution, which is tested as well.
+"""
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+
+import pytest
+import torch
+from conftest import MINIATURE, PROJECT
+from torch.nn.functional import logsigmoid
+
+import rollout
+from support.options import Config
+from support.world import TINY
+
+SOLUTIONS = sorted((PROJECT / "tests" / "exercises").glob("[0-9]*"))
+PAGE = (PROJECT / "docs" / "exercises.md").read_text()
+FILES = ("train.py", "rollout.py", "select.py", "quant.py", "reward.py", "support/models.py")
+
+
+def load(folder, name):
+    """The module in folder/name.py. What it imports of the project is the project's own."""
+    spec = importlib.util.spec_from_file_location(f"exercise_{name}", folder / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def small_run(train, *options):
+    """A Run of the tiny SANA with a pool of 6, of which 4 are trained on."""
+    return train.Run(train.parse_options([*MINIATURE, *options]))
+
+
+def numbers(stages):
+    """What a list of stages says, without the stages' names."""
+    return [tuple(stage)[1:] for stage in stages]
+
+
+# ---------------------------------------------------------------------------------------------
+# The checks, each a function of the folder that holds the answer
+
+
+def check_1(folder):
+    score = load(folder, "mine").symmetry
+    half = torch.zeros(1, 3, 4, 4)
+    half[..., 2:] = 1  # black on the left, white on the right
+    image = torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    images = torch.cat([half, image, (image + image.flip(-1)) / 2])
+    scores = torch.as_tensor(score(images, ["a ring"] * 3, [{}] * 3))
+    assert scores.shape == (3,), "one score for each image"
+    assert scores[0] == -1 and -1 < scores[1] < 0, "minus the mean difference of a pixel's values"
+    assert scores[2] == 0, "this picture equals its mirror image"
+
+
+def check_2(folder):
+    rule = load(folder, "select").RULES["even_ranks"]
+    rewards = [5.0, 1.0, 3.0, 2.0, 4.0]
+    assert sorted(rule(rewards, 3)) == [0, 1, 2]  # the rewards 5, 3 and 1
+    assert sorted(rule(rewards, 2)) == [0, 1] and len(rule(rewards, 1)) == 1
+    for n in range(1, 30):
+        for k in range(1, n + 1):
+            assert len(set(rule(torch.arange(n), k))) == k, f"{k} different indices of {n}"
+    with pytest.raises(ValueError):
+        rule([1.0, float("nan")], 1)
+
+
+def check_3(folder):
+    pool, stages = load(folder, "train").ALGORITHMS["no_regeneration"](Config())
+    assert pool == 96 and numbers(stages) == [("nvfp4", 6, 24)]
+
+
+def check_4(folder):
+    rule = load(folder, "select").RULES["best_only"]
+    assert sorted(rule([5.0, 1.0, 3.0, 2.0, 4.0], 3)) == [0, 2, 4]
+    assert rule([1.0, 1.0], 1) == [0], "of equal rewards the lower index"
+
+
+def check_5(folder):
+    train = load(folder, "train")
+    run = small_run(train)
+    before = [p.clone() for p in run.policies["default"]]
+    train.iteration(run, 0)
+    assert not all(map(torch.equal, before, run.policies["default"])), "the policy must learn"
+    equal = all(map(torch.equal, run.policies["old"], run.policies["default"]))
+    assert equal, "the old policy must be the policy"
+
+
+def check_6(folder):
+    train = load(folder, "train")
+    g = torch.Generator().manual_seed(0)
+    v, v_old, v_ref, x_t, x_0 = (torch.randn(4, 2, 3, 3, generator=g) for _ in range(5))
+    rewards, t = torch.tensor([[1.0, 2.0, 3.0, 6.0]]), torch.rand(4, generator=g)
+    (good,), (bad,) = train.group_advantages(rewards), train.group_advantages(-rewards)
+    loss = lambda v, advantages: train.nft_loss(v, v_old, v_ref, x_t, x_0, t, advantages)[0]  # noqa: E731
+    assert torch.equal(loss(v, good), loss(v, bad)), "the loss must not depend on the rewards"
+    error = (x_t - t.reshape(4, 1, 1, 1) * v - x_0).flatten(1)
+    l_plus = (error**2).mean(dim=1) / error.abs().mean(dim=1)
+    expected = 5 * l_plus.mean() + 1e-4 * ((v - v_ref) ** 2).mean()
+    assert torch.allclose(loss(v, good), expected), "r = 1 leaves l_plus"
+
+
+def check_7(folder):
+    quant = load(folder, "quant")
+    x = torch.zeros(1, 72)  # two blocks of 32 and one of 8
+    x[0, :4] = torch.tensor([7.0, -2.4, 0.3, 0.2])  # 7 < 8: the scale is 1; 7 becomes code 6
+    x[0, 20] = 0.1  # in the same block, so it becomes 0
+    x[0, 32:34] = torch.tensor([1000.0, 100.0])  # the scale is 128; the codes are 6 and 1
+    x[0, 64] = 0.01  # the scale is 2^-9; 5.12 becomes code 6
+    expected = torch.zeros(1, 72)
+    expected[0, :4] = torch.tensor([6.0, -2.0, 0.5, 0.0])
+    expected[0, 32:34], expected[0, 64] = torch.tensor([768.0, 128.0]), 6 * 2.0**-9
+    # Powers of two are exact in MXFP4, so a weight of the identity returns the quantized x.
+    identity = quant.SimulatedMatmul(torch.eye(72), None, quant.PRECISIONS["mxfp4"])
+    assert torch.equal(identity(x), expected), identity(x)
+    network = torch.nn.Sequential(torch.nn.Linear(72, 8))
+    assert quant.quantize_linears(network, "mxfp4") == [("0", 72, 8, "mxfp4")]
+
+
+def check_8(folder):
+    train = load(folder, "train")
+    pool, stages = train.ALGORITHMS["three_stages"](Config())
+    expected = [("nvfp4", 2, 48), ("nvfp4", 6, 24), ("bf16", 10, None)]
+    assert pool == 96 and numbers(stages) == expected
+    run = small_run(train, *"--algorithm three_stages --pool 8 --keep 2".split())
+    _, kept = train.iteration(run, 0)
+    assert [len(candidates.seeds) for candidates in kept] == [4, 2, 2]
+    assert kept[1].seeds == kept[2].seeds and set(kept[1].seeds) < set(kept[0].seeds)
+
+
+def check_9(folder):
+    train = load(folder, "train")
+    one = torch.ones(2, 1, 1, 1)
+    x_t, x_0, t, advantages = one, 0 * one, torch.tensor([0.5, 0.5]), torch.tensor([1.0, -1.0])
+
+    def loss(v):
+        return train.dpo_loss(v, 0 * v, 0 * v, x_t, x_0, t, advantages, 1.0, 5.0, 0.0)[0]
+
+    assert torch.allclose(loss(0 * one), torch.tensor(2.0).log()), "no preference yet: log 2"
+    v = torch.zeros(2, 1, 1, 1, requires_grad=True)
+    loss(v).backward()
+    # v = 2 gives x_0 here: towards it for the better sample, away from it for the worse.
+    assert v.grad[0] < 0 < v.grad[1] and torch.equal(v.grad[0], -v.grad[1])
+    # x_0_hat is 1 for the base model and .9 for v = .2: gains of 1 - .81 and 0, times 100.
+    expected = -logsigmoid(torch.tensor(19.0))
+    assert torch.allclose(loss(torch.tensor([0.2, 0.0]).reshape(2, 1, 1, 1)), expected)
+    alone = train.dpo_loss(v, v, v, x_t, x_0, t, 0 * advantages, 1.0, 5.0, 0.0)[0]
+    assert alone == 0, "no pair of different advantages: 0, not NaN"
+    assert "dpo_loss" in train.pairs_loss.__code__.co_names, "pairs_loss must call it"
+
+
+def check_10(folder):
+    train = load(folder, "train")
+    run = small_run(train, "--prompts_per_step", "2")
+    flat, trained, pairs_loss = run.train.prompts[run.prompts_of(0)[0]], [], train.pairs_loss
+
+    def scripted(images, prompts, metadata):
+        return images.mean(dim=(1, 2, 3)) * (1e-4 if prompts[0] == flat else 1)
+
+    def recorded(config, model, text, *tensors):
+        trained.append(text.embeds)
+        return pairs_loss(config, model, text, *tensors)
+
+    run.reward.parts, train.pairs_loss = [("scripted", 1.0, scripted)], recorded
+    train.iteration(run, 0)
+    texts = run.model.encode([run.train.prompts[i] for i in run.prompts_of(0)]).embeds
+    assert len(trained) > 0, "the prompt with spread is trained on"
+    assert all(torch.equal(embeds[0], texts[1]) for embeds in trained), "and the other is not"
+
+
+def check_11(folder):
+    train = load(folder, "train")
+    rewards = torch.tensor([[0.0, 1.0, 2.0, 9.0], [1.0, 1.0, 1.0, 1.0]])
+    std = rewards.std(correction=0) + 1e-4
+    expected = torch.tensor([[-1.5, -0.5, 0.5, 7.5], [0.0, 0.0, 0.0, 0.0]]) / std
+    assert torch.allclose(train.group_advantages(rewards), expected), "the median is 1.5"
+
+
+def check_12(folder):
+    module = load(folder / "support", "models")
+    with tempfile.TemporaryDirectory() as tiny:
+        auraflow().save_pretrained(tiny)
+        model = module.load("auraflow", tiny, 32, dtype=torch.float32)
+        train = load(folder, "train")
+        train.models = module
+        reward = f"{PROJECT / 'tests' / 'exercises' / '01_reward.py'}:symmetry"
+        options = f"--model auraflow --pretrained {tiny} --resolution 32 --reward {reward}"
+        run = small_run(train, *options.split())
+    # The sampler gives what diffusers' own pipeline gives for the same noise.
+    noise = rollout.initial_noise([1, 2], model.latent_shape)
+    text = model.encode(["a red ring"]).take([0, 0])
+    got = rollout.sample(model, model.transformer, text, noise, 4)
+    model.pipe.set_progress_bar_config(disable=True)
+    options = dict(height=32, width=32, num_images_per_prompt=2, output_type="latent")
+    options |= dict(guidance_scale=1.0, num_inference_steps=4, latents=noise)
+    expected = model.pipe("a red ring", **options, **model.call(4)).images
+    assert torch.equal(got, expected), (got - expected).abs().max()
+    # One iteration: layers are quantized, LoRA is found and learns.
+    assert any(outcome == "nvfp4" for *_, outcome in run.layers), run.layers
+    adapted = [name for name, _ in module.lora_layers(run.model.transformer)]
+    assert any("add_q_proj" in name for name in adapted), "LoRA for the text's stream as well"
+    before = [p.clone() for p in run.policies["default"]]
+    train.iteration(run, 0)
+    assert before and not any(map(torch.equal, before[1::2], run.policies["default"][1::2]))
+
+
+def auraflow():
+    """A tiny AuraFlow pipeline of random weights."""
+    import diffusers
+    import transformers
+
+    torch.manual_seed(0)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY / "sd3" / "tokenizer_3")
+    sizes = dict(d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4)
+    encoder = transformers.UMT5EncoderModel(
+        transformers.UMT5Config(vocab_size=len(tokenizer), **sizes)
+    )
+    channels = dict(latent_channels=4, block_out_channels=(8, 8, 8), norm_num_groups=2)
+    down, up = ["DownEncoderBlock2D"] * 3, ["UpDecoderBlock2D"] * 3
+    vae = diffusers.AutoencoderKL(down_block_types=down, up_block_types=up, **channels)
+    sizes = dict(num_mmdit_layers=1, num_single_dit_layers=1, attention_head_dim=16)
+    sizes |= dict(num_attention_heads=2, caption_projection_dim=32, joint_attention_dim=32)
+    network = diffusers.AuraFlowTransformer2DModel(sample_size=8, pos_embed_max_size=64, **sizes)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.73)
+    return diffusers.AuraFlowPipeline(tokenizer, encoder, vae, network, scheduler)
+
+
+# ---------------------------------------------------------------------------------------------
+# The solutions
+
+
+def check(number, folder):
+    globals()[f"check_{number}"](folder)
+
+
+def copy_of_the_files(folder):
+    (folder / "support").mkdir()
+    for name in FILES:
+        shutil.copy(PROJECT / name, folder / name)
+    return folder
+
+
+def changed_lines(solution):
+    """The lines that a patch adds or removes, or all lines of a file."""
+    lines = solution.read_text().splitlines()
+    if solution.suffix == ".py":
+        return len(lines)
+    return sum(re.match(r"[+-](?!\+\+ |-- )", line) is not None for line in lines)
+
+
+def number_of(solution):
+    return int(solution.name[:2])
+
+
+@pytest.mark.parametrize("solution", SOLUTIONS, ids=lambda path: path.stem)
+def test_a_solution_passes_its_check_and_nothing_else_does(solution, tmp_path):
+    folder, number = copy_of_the_files(tmp_path), number_of(solution)
+    with pytest.raises((AssertionError, AttributeError, LookupError, OSError)):
+        check(number, folder)
+    if solution.suffix == ".py":
+        shutil.copy(solution, folder / "mine.py")
+    else:
+        subprocess.run(["git", "apply", solution], cwd=folder, check=True)
+    check(number, folder)
+
+
+def test_the_page_has_every_exercise_with_the_lines_of_its_solution():
+    stated = re.findall(r"^## (\d+)\.[\s\S]*?\*\*Lines:\*\* (\d+), at most (\d+)", PAGE, re.M)
+    expected = [(str(number_of(path)), str(changed_lines(path))) for path in SOLUTIONS]
+    assert [(number, lines) for number, lines, _ in stated] == expected
+    for number, lines, limit in stated:
+        assert int(lines) <= int(limit) == {8: 20, 12: 60}.get(int(number), 15)
+
+
+if __name__ == "__main__":
+    check(int(sys.argv[1]), PROJECT)
+    print(f"exercise {sys.argv[1]}: right")
