@@ -19,6 +19,14 @@ settings.register_profile("thorough", max_examples=20_000, deadline=None)
 settings.load_profile("quick")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """The whole suite runs in two processes, as with -n 2, unless -n says otherwise."""
+    whole = config.args_source is not pytest.Config.ArgsSource.ARGS
+    if whole and getattr(config.option, "numprocesses", 0) is None and not config.option.usepdb:
+        config.option.numprocesses = 2
+
+
 MODEL_NAMES = ("sana", "flux", "sd3")
 
 
