@@ -22,8 +22,10 @@ settings.load_profile("quick")
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
     """The whole suite runs in two processes, as with -n 2, unless -n says otherwise."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return  # this is one of the two
     whole = config.args_source is not pytest.Config.ArgsSource.ARGS
-    if whole and getattr(config.option, "numprocesses", 0) is None and not config.option.usepdb:
+    if whole and config.getoption("numprocesses", 2) is None and not config.getoption("usepdb"):
         config.option.numprocesses = 2
 
 
