@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,6 +41,14 @@ def small_run(train, *options):
     return train.Run(train.parse_options([*MINIATURE, *options]))
 
 
+def rules(folder):
+    return load(folder, "select").RULES
+
+
+def algorithm(folder, name):
+    return load(folder, "train").ALGORITHMS[name]
+
+
 def numbers(stages):
     """What a list of stages says, without the stages' names."""
     return [tuple(stage)[1:] for stage in stages]
@@ -50,6 +59,7 @@ def numbers(stages):
 
 
 def check_1(folder):
+    assert (folder / "mine.py").exists(), "there is no mine.py beside train.py"
     score = load(folder, "mine").symmetry
     half = torch.zeros(1, 3, 4, 4)
     half[..., 2:] = 1  # black on the left, white on the right
@@ -62,10 +72,11 @@ def check_1(folder):
 
 
 def check_2(folder):
-    rule = load(folder, "select").RULES["even_ranks"]
+    rule = rules(folder)["even_ranks"]
     rewards = [5.0, 1.0, 3.0, 2.0, 4.0]
-    assert sorted(rule(rewards, 3)) == [0, 1, 2]  # the rewards 5, 3 and 1
-    assert sorted(rule(rewards, 2)) == [0, 1] and len(rule(rewards, 1)) == 1
+    assert sorted(rule(rewards, 3)) == [0, 1, 2], "of 5 candidates those of rank 1, 3 and 5"
+    assert sorted(rule(rewards, 2)) == [0, 1], "both the best and the worst"
+    assert len(rule(rewards, 1)) == 1, "k = 1"
     for n in range(1, 30):
         for k in range(1, n + 1):
             assert len(set(rule(torch.arange(n), k))) == k, f"{k} different indices of {n}"
@@ -74,12 +85,15 @@ def check_2(folder):
 
 
 def check_3(folder):
-    pool, stages = load(folder, "train").ALGORITHMS["no_regeneration"](Config())
-    assert pool == 96 and numbers(stages) == [("nvfp4", 6, 24)]
+    pool, stages = algorithm(folder, "no_regeneration")(Config())
+    assert pool == 96 and numbers(stages) == [("nvfp4", 6, 24)], "draws 96, keeps 24"
+    other = Config(pool=40, keep=10, explore_steps=4, precision="fp8")
+    pool, stages = algorithm(folder, "no_regeneration")(other)
+    assert pool == 40 and numbers(stages) == [("fp8", 4, 10)], "as the options say"
 
 
 def check_4(folder):
-    rule = load(folder, "select").RULES["best_only"]
+    rule = rules(folder)["best_only"]
     assert sorted(rule([5.0, 1.0, 3.0, 2.0, 4.0], 3)) == [0, 2, 4]
     assert rule([1.0, 1.0], 1) == [0], "of equal rewards the lower index"
 
@@ -92,6 +106,7 @@ def check_5(folder):
     assert not all(map(torch.equal, before, run.policies["default"])), "the policy must learn"
     equal = all(map(torch.equal, run.policies["old"], run.policies["default"]))
     assert equal, "the old policy must be the policy"
+    assert not all(map(torch.equal, run.policies["ema"], run.policies["default"])), "not the EMA"
 
 
 def check_6(folder):
@@ -121,15 +136,19 @@ def check_7(folder):
     # Powers of two are exact in MXFP4, so a weight of the identity returns the quantized x.
     identity = quant.SimulatedMatmul(torch.eye(72), None, quant.PRECISIONS["mxfp4"])
     assert torch.equal(identity(x), expected), identity(x)
+    weight = quant.SimulatedMatmul(x, None, quant.PRECISIONS["mxfp4"])
+    assert torch.equal(weight(torch.eye(72)), expected.T), "weights have the same 1 x 32 blocks"
     network = torch.nn.Sequential(torch.nn.Linear(72, 8))
     assert quant.quantize_linears(network, "mxfp4") == [("0", 72, 8, "mxfp4")]
 
 
 def check_8(folder):
     train = load(folder, "train")
-    pool, stages = train.ALGORITHMS["three_stages"](Config())
+    pool, stages = algorithm(folder, "three_stages")(Config())
     expected = [("nvfp4", 2, 48), ("nvfp4", 6, 24), ("bf16", 10, None)]
     assert pool == 96 and numbers(stages) == expected
+    _, stages = algorithm(folder, "three_stages")(Config(precision="fp8"))
+    assert [stage.precision for stage in stages] == ["fp8", "fp8", "bf16"], "as the option says"
     run = small_run(train, *"--algorithm three_stages --pool 8 --keep 2".split())
     _, kept = train.iteration(run, 0)
     assert [len(candidates.seeds) for candidates in kept] == [4, 2, 2]
@@ -142,7 +161,8 @@ def check_9(folder):
     x_t, x_0, t, advantages = one, 0 * one, torch.tensor([0.5, 0.5]), torch.tensor([1.0, -1.0])
 
     def loss(v):
-        return train.dpo_loss(v, 0 * v, 0 * v, x_t, x_0, t, advantages, 1.0, 5.0, 0.0)[0]
+        # The last argument weights a KL term, which dpo_loss has not; v_old is not v_ref.
+        return train.dpo_loss(v, v + 7, 0 * v, x_t, x_0, t, advantages, 1.0, 5.0, 9.0)[0]
 
     assert torch.allclose(loss(0 * one), torch.tensor(2.0).log()), "no preference yet: log 2"
     v = torch.zeros(2, 1, 1, 1, requires_grad=True)
@@ -160,20 +180,27 @@ def check_9(folder):
 def check_10(folder):
     train = load(folder, "train")
     run = small_run(train, "--prompts_per_step", "2")
-    flat, trained, pairs_loss = run.train.prompts[run.prompts_of(0)[0]], [], train.pairs_loss
+    trained, pairs_loss = [], train.pairs_loss
 
-    def scripted(images, prompts, metadata):
-        return images.mean(dim=(1, 2, 3)) * (1e-4 if prompts[0] == flat else 1)
+    def trained_with(factor_of_first, factor_of_second):
+        def scripted(images, prompts, metadata):
+            factor = factor_of_first if prompts[0] == first else factor_of_second
+            return images.mean(dim=(1, 2, 3)) * factor
+
+        trained.clear()
+        run.reward.parts = [("scripted", 1.0, scripted)]
+        train.iteration(run, 0)
+        return {texts.index(embeds.tolist()) for embeds in trained}
 
     def recorded(config, model, text, *tensors):
-        trained.append(text.embeds)
+        trained.append(text.embeds[0])
         return pairs_loss(config, model, text, *tensors)
 
-    run.reward.parts, train.pairs_loss = [("scripted", 1.0, scripted)], recorded
-    train.iteration(run, 0)
-    texts = run.model.encode([run.train.prompts[i] for i in run.prompts_of(0)]).embeds
-    assert len(trained) > 0, "the prompt with spread is trained on"
-    assert all(torch.equal(embeds[0], texts[1]) for embeds in trained), "and the other is not"
+    train.pairs_loss, prompts = recorded, [run.train.prompts[i] for i in run.prompts_of(0)]
+    first, texts = prompts[0], run.model.encode(prompts).embeds.tolist()
+    assert trained_with(1e-4, 1) == {1}, "only the prompt with spread is trained on"
+    assert trained_with(0.5, 1) == {0, 1}, "half the spread is enough"
+    assert trained_with(0, 0) == {0, 1}, "without any spread all prompts are kept"
 
 
 def check_11(folder):
@@ -191,8 +218,10 @@ def check_12(folder):
         model = module.load("auraflow", tiny, 32, dtype=torch.float32)
         train = load(folder, "train")
         train.models = module
-        reward = f"{PROJECT / 'tests' / 'exercises' / '01_reward.py'}:symmetry"
-        options = f"--model auraflow --pretrained {tiny} --resolution 32 --reward {reward}"
+        code = "def bright(images, prompts, metadata): return images.mean(dim=(1, 2, 3))"
+        (Path(tiny) / "mine.py").write_text(code)
+        options = f"--model auraflow --pretrained {tiny} --resolution 32"
+        options += f" --reward {tiny}/mine.py:bright"
         run = small_run(train, *options.split())
     # The sampler gives what diffusers' own pipeline gives for the same noise.
     noise = rollout.initial_noise([1, 2], model.latent_shape)
