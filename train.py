@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=8 train.py ...  # on 8 GPUs
     python train.py --help                    # every option and its default
 
-One iteration, for each of P prompts:
+One iteration; steps 1 to 3 are for each of P prompts:
     1. Explore      the NVFP4 copy of the old policy draws N seeds in few steps; they are scored
     2. Select       the K / 2 best and the K / 2 worst seeds; the FP4 images are thrown away
     3. Regenerate   the BF16 copy of the old policy draws K images from the noise of these seeds in
