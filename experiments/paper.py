@@ -274,9 +274,10 @@ def algorithms(given):
                 axis.errorbar(steps, means, errors, label=algorithm, color=colour, capsize=2)
         column[0].set_title(f"tiny {model}")
         column[1].set_xlabel("updates")
-    axes[0, 0].set_ylabel(f"held-out reward, seeds {given.seeds}")
+    axes[0, 0].set_ylabel("held-out reward")
     axes[1, 0].set_ylabel("share of pictures that match their prompt")
     axes[0, 0].legend()
+    figure.suptitle(f"mean and standard error over n = {len(given.seeds)} seeds")
     save(figure, "algorithms.png")
     return text + f"\n{NAIVE_QUANT}\n![the four algorithms](algorithms.png)\n", runs
 

@@ -259,7 +259,9 @@ class Report:
         errors = values("eval/gain_standard_error", 0.0)
         top.errorbar(steps, values("eval/gain", 0.0), yerr=errors, marker="o", capsize=3)
         top.axhline(0, color="grey", linewidth=0.8)
-        top.set(ylabel="gain in held-out reward", title=" + ".join(self.reward_names))
+        n = len(self.evaluations[0]["eval/rewards"])
+        title = f"{' + '.join(self.reward_names)}: mean and standard error over {n} prompts"
+        top.set(ylabel="gain in held-out reward", title=title)
         if accurate:
             axis = others.pop(0)
             axis.plot(steps, values("eval/accuracy"), marker="o", label="match their prompt")
