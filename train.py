@@ -46,7 +46,7 @@ the old policy draws.
     masked in both.
  8. Evaluation. Authors: one image a prompt, the first GPU's share of the prompts, for SANA by a
     stochastic solver. Here: two images, all held-out prompts, the solver of the rollout.
- 9. The tiny models have settings of their own (TINY_DEFAULTS in support/options.py); the method is the same.
+ 9. The tiny models have settings of their own (TINY_DEFAULTS in support/options.py).
 """
 
 import sys

@@ -108,7 +108,7 @@ def finish(options):
     started, log = time.perf_counter(), RUNS / f"{folder.name}.log"
     with open(log, "w") as file:
         one_thread = os.environ | dict(OMP_NUM_THREADS="1")
-        done = subprocess.run(command, stdout=file, stderr=file, env=one_thread)
+        done = subprocess.run(command, stdout=file, stderr=file, env=one_thread, cwd=PROJECT)
     if done.returncode:
         raise InputError(f"a run failed: {log.read_text().strip().split(chr(10))[-1]} ({log})")
     (folder / "made.json").write_text(json.dumps(provenance(started)))
@@ -117,12 +117,8 @@ def finish(options):
 
 def run_variants(given, variants):
     """{(model, variant): its Runs, one for each seed}. given: the command line; variants: {name:
-    options}, without those that have train.py's defaults, so that experiments share folders.
-    Raises InputError if --options names one that the experiment sets, or that leaves no accuracy."""
-    fixed = {"model", "seed", "pretrained", "resolution", "prompts", "eval_prompts"}
-    fixed |= {name for variant in variants.values() for name in variant}
-    for name in sorted(fixed & given.options.keys()):
-        raise InputError(f"--options {name}: cannot be chosen in this experiment")
+    options}, without those that have train.py's defaults, so that experiments share folders."""
+    refuse_fixed(given, variants.values())
     options = {
         (model, name): [dict(model=model, seed=s) | given.options | variant for s in given.seeds]
         for model in given.models
@@ -132,6 +128,14 @@ def run_variants(given, variants):
     with ThreadPoolExecutor(2) as pool:
         runs = iter(list(tqdm(pool.map(finish, flat), total=len(flat))))
     return {key: [next(runs) for _ in of_seeds] for key, of_seeds in options.items()}
+
+
+def refuse_fixed(given, variants):
+    """Raise InputError if --options has one that a variant sets, or that leaves no accuracy."""
+    fixed = {"model", "seed", "pretrained", "resolution", "prompts", "eval_prompts"}
+    fixed |= {name for variant in variants for name in variant}
+    for name in sorted(fixed & given.options.keys()):
+        raise InputError(f"--options {name}: cannot be chosen in this experiment")
 
 
 def provenance(started):
@@ -347,6 +351,7 @@ def naive_fp4(given):
     } | {name: OWN[name] for name in ("gain", "accuracy before", "accuracy after", "clear after")}
     text, all_runs = reading(given, "naive_scaling") + NAIVE_QUANT, {}
     text += "Lowest and highest gain: of all evaluations.\n"
+    refuse_fixed(given, NAIVE_FP4.values())  # of all settings, before the first run
     for setting, options in NAIVE_FP4.items():
         pair = {n: options | dict(algorithm=n) for n in ("naive_scaling", "naive_quant")}
         if options.get("control") == "every_layer":  # which BF16 copies do not have

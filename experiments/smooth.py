@@ -1,6 +1,6 @@
 """A reward that sees texture: `--reward clipscore,experiments/smooth.py:smooth:20`.
 
-NVFP4 leaves fine noise in a picture. CLIPScore hardly sees it; this reward does.
+It falls with fine noise, such as quantization may leave in a picture.
 """
 
 import torch.nn.functional as F

@@ -257,14 +257,15 @@ class Report:
             return [line.get(name, start) for line in self.evaluations]
 
         errors = values("eval/gain_standard_error", 0.0)
-        top.errorbar(steps, values("eval/gain", 0.0), yerr=errors, marker="o", capsize=3)
+        style = dict(color=COLOURS.get(self.options["algorithm"]), marker="o")
+        top.errorbar(steps, values("eval/gain", 0.0), yerr=errors, capsize=3, **style)
         top.axhline(0, color="grey", linewidth=0.8)
         n = len(self.evaluations[0]["eval/rewards"])
         title = f"{' + '.join(self.reward_names)}: mean and standard error over {n} prompts"
         top.set(ylabel="gain in held-out reward", title=title)
         if accurate:
             axis = others.pop(0)
-            axis.plot(steps, values("eval/accuracy"), marker="o", label="match their prompt")
+            axis.plot(steps, values("eval/accuracy"), label="match their prompt", **style)
             axis.plot(steps, values("eval/clear"), marker="o", color="lightgrey", label="clear")
             axis.set(ylabel="share of pictures", ylim=(-0.03, 1.03))
             axis.legend()

@@ -523,7 +523,8 @@ class Service(BaseHTTPRequestHandler):
 @pytest.fixture
 def service(tmp_path):
     """The reward of docs/rewards.md that asks a service, and a service for it."""
-    code = re.search(r"```python\n([^`]*def ask\([^`]*)```", (PROJECT / "docs/rewards.md").read_text())
+    page = (PROJECT / "docs" / "rewards.md").read_text()
+    code = re.search(r"```python\n([^`]*def ask\([^`]*)```", page)
     server = ThreadingHTTPServer(("localhost", 0), Service)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     Service.trouble, Service.asked = [], 0

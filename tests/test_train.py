@@ -362,9 +362,8 @@ def test_a_run_starts_with_25_000_prompts_as_with_100(tmp_path):
 
 def test_a_pretrained_folder_takes_the_very_code_of_the_tiny_model(tmp_path, monkeypatch):
     """The tiny FLUX.1 as a user's folder: the same numbers as from --model flux alone."""
-    monkeypatch.setitem(
-        TINY_DEFAULTS, "eval_images", Config.eval_images
-    )  # the two that are no options
+    # The two that are no options.
+    monkeypatch.setitem(TINY_DEFAULTS, "eval_images", Config.eval_images)
     monkeypatch.setitem(models.Flux.paper, "min_dim", TINY_DEFAULTS["min_dim"])
     (tmp_path / "red.py").write_text("def red(i, p, m): return i[:, 0].mean(dim=(1, 2))\n")
     (tmp_path / "p.txt").write_text("\n".join(f"{n} red cats" for n in range(12)))
