@@ -47,7 +47,8 @@ def with_right_numbers(text):
 
 def anchors(page):
     """The anchors that a page's headings have on GitHub."""
-    headings = re.findall(r"^#+ (.*)", page.read_text(), flags=re.MULTILINE)
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.*)", text, flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
@@ -103,9 +104,7 @@ def test_commands_of_train_name_options_that_exist(page):
     from support.options import OPTIONS
 
     names = {"help", *OPTIONS, *(f"no-{name}" for name in OPTIONS)}
-    for line in re.findall(
-        r"^ *(?:\S+ .*)?python (train\.py [^#`\n]*)", page.read_text(), re.MULTILINE
-    ):
+    for line in re.findall(r"(train\.py --[^#`\n]*)", page.read_text()):
         for option in re.findall(r"--([\w-]+)", line):
             assert option in names, line
         for algorithm in re.findall(r"--algorithm (\w+)", line):
