@@ -8,6 +8,7 @@
     python experiments/paper.py selection      # best and worst, or random, at equal cost
     python experiments/paper.py controls       # what the gain rests on
     python experiments/paper.py naive_fp4      # when does training on NVFP4 samples fall behind?
+    python experiments/paper.py long_runs      # the same in twice as many updates
     python experiments/paper.py fidelity       # does NVFP4 rank as BF16 does? (Table 8, a figure)
     python experiments/paper.py ladder         # the same for other precisions and steps
     python experiments/paper.py fidelity --model sana --precision fp8 --prompts 6  # half a minute
@@ -232,6 +233,14 @@ VARIANTS = {  # experiment -> {variant: options}; all are compared with the firs
         "all weights 1": dict(control="weights_one"),
         "random_subset": dict(select="random_subset"),
         "eta = 1: the old policy never follows": dict(control="old_fixed"),
+    },
+    "long_runs": {
+        name: dict(steps=80) | options
+        for name, options in (
+            ("sol_rl", {}),
+            ("naive_scaling", dict(algorithm="naive_scaling")),
+            ("naive_quant", dict(algorithm="naive_quant")),
+        )
     },
 }
 PAPER = {  # the paper's values
@@ -463,6 +472,7 @@ EXPERIMENTS = {  # name -> (title, function of the command line)
     "selection": ("Best and worst, or random, at equal cost", partial(comparison, "selection")),
     "controls": ("Controls: what the gain rests on", partial(comparison, "controls")),
     "naive_fp4": ("When does training on NVFP4 samples fall behind?", naive_fp4),
+    "long_runs": ("80 updates: NVFP4 samples fall behind", partial(comparison, "long_runs")),
     "fidelity": ("Does NVFP4 rank as BF16 does? (Table 8)", partial(ranking, PROXIES)),
     "ladder": ("Ranking in other precisions and numbers of steps", partial(ranking, LADDER)),
 }
