@@ -472,7 +472,7 @@ EXPERIMENTS = {  # name -> (title, function of the command line)
     "selection": ("Best and worst, or random, at equal cost", partial(comparison, "selection")),
     "controls": ("Controls: what the gain rests on", partial(comparison, "controls")),
     "naive_fp4": ("When does training on NVFP4 samples fall behind?", naive_fp4),
-    "long_runs": ("80 updates: NVFP4 samples fall behind", partial(comparison, "long_runs")),
+    "long_runs": ("80 updates: do NVFP4 samples fall behind?", partial(comparison, "long_runs")),
     "fidelity": ("Does NVFP4 rank as BF16 does? (Table 8)", partial(ranking, PROXIES)),
     "ladder": ("Ranking in other precisions and numbers of steps", partial(ranking, LADDER)),
 }
