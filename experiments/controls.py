@@ -2,10 +2,9 @@
 
     python experiments/controls.py negated -- --model sana --seed 1
 
-What stands after `--` are train.py's own options. Nothing in a run's
-folder says which control made it: put the control's name into --output_dir, and resume such a run
-with this program only. Several controls are joined by `+`, as in
-every_layer+weights_one. If the reward rises as much under a control as without it, then the part of
+What stands after `--` are train.py's own options. Several controls are joined by `+`, as in
+every_layer+weights_one. Nothing in a run's folder says which control made it: put the control's
+name into --output_dir, and resume such a run with this program only. If the reward rises as much under a control as without it, then the part of
 the method that the control removes is not the cause of the rise. `python experiments/paper.py
 controls` and `naive_fp4` compare them.
 """

@@ -234,14 +234,8 @@ VARIANTS = {  # experiment -> {variant: options}; all are compared with the firs
         "random_subset": dict(select="random_subset"),
         "eta = 1: the old policy never follows": dict(control="old_fixed"),
     },
-    "long_runs": {
-        name: dict(steps=80) | options
-        for name, options in (
-            ("sol_rl", {}),
-            ("naive_scaling", dict(algorithm="naive_scaling")),
-            ("naive_quant", dict(algorithm="naive_quant")),
-        )
-    },
+    "long_runs": {"sol_rl": dict(steps=80)}
+    | {name: dict(steps=80, algorithm=name) for name in ("naive_scaling", "naive_quant")},
 }
 PAPER = {  # the paper's values
     "explore_steps": dict(zip(VARIANTS["explore_steps"], ("0.3686", "0.3587", "0.3650", "0.3659"))),

@@ -20,7 +20,7 @@ from tqdm import trange
 import quant
 import rollout
 import train
-from experiments.paper import provenance, replace_section
+from experiments.paper import evaluations, provenance, replace_section
 from support import world
 from support.errors import written_whole
 from support.report import COLOURS, plt
@@ -293,12 +293,11 @@ def training(run, looks, kept):
 def cost(run, proxy, seconds):
     """Seconds and evaluations of the model by stage."""
     c, N, P = run.config, run.num_candidates, run.config.prompts_per_step
-    evaluations = {"prepare": 0, "explore": P * N * c.explore_steps, "reward": 0}
-    evaluations |= {"regenerate": P * c.keep * c.rollout_steps}
-    evaluations |= {"train": P * c.keep * train.num_timesteps(c) * 5}
-    medians = {s: statistics.median(times[s] for times in seconds[1:]) for s in evaluations}
+    counts = {"prepare": 0, "explore": P * N * c.explore_steps, "reward": 0}
+    counts |= {"regenerate": P * c.keep * c.rollout_steps, "train": P * evaluations(c)[1]}
+    medians = {s: statistics.median(times[s] for times in seconds[1:]) for s in counts}
     figure, axes = plt.subplots(1, 2, figsize=(8, 2.4), sharey=True)
-    for axis, values, form in zip(axes, (medians, evaluations), ("%.2f", "%d")):
+    for axis, values, form in zip(axes, (medians, counts), ("%.2f", "%d")):
         colours = [COLOURS["nvfp4" if stage == "explore" else "bf16"] for stage in values]
         bars = axis.barh(list(values), list(values.values()), color=colours)
         axis.bar_label(bars, fmt=form, padding=3)

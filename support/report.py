@@ -27,7 +27,7 @@ from support.errors import InputError, written_whole
 matplotlib.use("agg")
 from matplotlib import pyplot as plt  # noqa: E402  the backend must be chosen before
 
-# One colour for one thing in every figure; people who see no red or no green can tell them apart.
+# One colour for one thing in all figures that compare; colour-blind people can tell them apart.
 COLOURS = {
     "sol_rl": "#0072B2",  # blue
     "naive_scaling": "#E69F00",  # orange

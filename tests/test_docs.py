@@ -45,10 +45,14 @@ def with_right_numbers(text):
     return PLACE.sub(place, LINES.sub(count, text))
 
 
+def prose(page):
+    """A page without its code blocks."""
+    return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
 def anchors(page):
     """The anchors that a page's headings have on GitHub."""
-    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
-    headings = re.findall(r"^#+ (.*)", text, flags=re.MULTILINE)
+    headings = re.findall(r"^#+ (.*)", prose(page), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
@@ -67,8 +71,7 @@ def test_the_readme_is_short_and_its_line_numbers_are_right():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_and_paths_exist(page):
-    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
-    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
         if not target.startswith("http"):
             path, _, anchor = target.partition("#")
             linked = page.parent / path if path else page
