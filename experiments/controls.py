@@ -3,10 +3,12 @@
     python experiments/controls.py negated -- --model sana --seed 1
 
 What stands after `--` are train.py's own options. Several controls are joined by `+`, as in
-every_layer+weights_one. Nothing in a run's folder says which control made it: put the control's
-name into --output_dir, and resume such a run with this program only. If the reward rises as much under a control as without it, then the part of
+every_layer+weights_one. If the reward rises as much under a control as without it, then the part of
 the method that the control removes is not the cause of the rise. `python experiments/paper.py
 controls` and `naive_fp4` compare them.
+
+Nothing in a run's folder says which control made it: put the control's name into --output_dir, and
+resume such a run with this program only.
 """
 
 import dataclasses
@@ -46,7 +48,8 @@ def advantage_weighted(v, v_old, v_ref, x_t, x_0, t, advantages, beta=1.0, adv_c
 
 
 def other_text(run, samples, step):
-    """An update in which each prompt's samples have the text of another prompt of the step."""
+    """An update in which each prompt's samples have the text of another prompt of the step. (For
+    runs in one process: `samples` are those of this process's prompts.)"""
     require(len(samples) > 1, "--prompts_per_step 1: other_text needs at least 2")
     texts = [candidates.text for candidates in samples]
     pairs = zip(samples, texts[1:] + texts[:1])

@@ -496,7 +496,8 @@ def read_command_line(argv):
     commands = parser.add_subparsers(dest="experiment", required=True, metavar="NAME")
     for name, (title, _) in EXPERIMENTS.items():
         command = commands.add_parser(name, help=title, description=title, allow_abbrev=False)
-        known = dict(nargs="+", default=list(models.MODELS), choices=models.MODELS)
+        names = list(SPEED_UPS if name == "milestones" else models.MODELS)
+        known = dict(nargs="+", default=names, choices=names)
         command.add_argument("--models", "--model", **known, help="default: all")
         if name in RANKINGS:
             command.add_argument("--prompts", type=int, default=16, help="how many; default: 16")

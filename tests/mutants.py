@@ -20,6 +20,7 @@ METHOD = ("tests/test_method.py", "tests/test_select.py", "tests/test_quant.py")
 MODELS = (*METHOD, "tests/test_rollout.py", "tests/test_models.py")
 RUNS = ("tests/test_train.py",)
 RESUMED = ("tests/test_checkpoint.py",)
+EXPERIMENTS = ("tests/test_paper.py",)
 
 
 class Mistake(NamedTuple):
@@ -548,6 +549,63 @@ MISTAKES = [
         GATHERED,
         "[result for share in shares for result in share]",
         ("tests/test_distributed.py",),
+    ),
+    # experiments
+    Mistake(
+        "experiments: leads have the other sign",
+        "experiments/paper.py",
+        "reference.rewards[-1] - run.rewards[-1]),",
+        "run.rewards[-1] - reference.rewards[-1]),",
+        EXPERIMENTS,
+    ),
+    Mistake(
+        "experiments: a milestone is the evaluation after it",
+        "experiments/paper.py",
+        "return step + (target - value) / (next_value - value) * (next_step - step)",
+        "return next_step",
+        EXPERIMENTS,
+    ),
+    Mistake(
+        "experiments: regenerating is not counted as a cost",
+        "experiments/paper.py",
+        "rollout += candidates * stage.steps\n        candidates = stage.num_kept or candidates",
+        "rollout += candidates * stage.steps\n        break",
+        EXPERIMENTS,
+    ),
+    Mistake(
+        "experiments: a run that does not get there is left out of a mean",
+        "experiments/paper.py",
+        "missing = sum(not math.isfinite(value) for value in values)",
+        "values, missing = [value for value in values if math.isfinite(value)], 0",
+        EXPERIMENTS,
+    ),
+    Mistake(
+        "experiments: other_text gives the prompt's own text",
+        "experiments/controls.py",
+        "zip(samples, texts[1:] + texts[:1])",
+        "zip(samples, texts)",
+        EXPERIMENTS,
+    ),
+    Mistake(
+        "experiments: weights_one makes r one half",
+        "experiments/controls.py",
+        "torch.full_like(rewards, adv_clip)",
+        "torch.zeros_like(rewards)",
+        EXPERIMENTS,
+    ),
+    Mistake(
+        "experiments: advantage-weighted regression avoids the worst",
+        "experiments/controls.py",
+        "(advantages / adv_clip).clamp(0, 1)",
+        "(advantages / adv_clip).clamp(-1, 1)",
+        EXPERIMENTS,
+    ),
+    Mistake(
+        "experiments: old_fixed holds the EMA too",
+        "experiments/controls.py",
+        'follow(transformer, follower, 1.0 if follower == "old" else eta)',
+        "follow(transformer, follower, 1.0)",
+        EXPERIMENTS,
     ),
 ]
 
