@@ -1,6 +1,6 @@
 """What only a GPU can show, in one report.
 
-    python experiments/gpu_check.py               # writes docs/gpu.md; at most 25 minutes
+    python experiments/gpu_check.py               # writes docs/gpu.md; planned for 25 minutes
     python experiments/gpu_check.py tests memory  # only these sections
 
 tests         whether the GPU computes what the CPU computes

@@ -1,6 +1,6 @@
 """One iteration, looked at: the pictures and the numbers of docs/walkthrough.md.
 
-    python experiments/walkthrough.py    # one to two minutes on two cores
+    python experiments/walkthrough.py    # about a minute on two cores
 
 The iteration is the first one of `python train.py --model sana`. Each function of the second part
 draws one picture into docs/walkthrough and returns its caption. The captions hold every number that
@@ -133,12 +133,13 @@ def pool(run, proxy):
     show(run, ordered, axes.flat, FRAMES[BEST] + ["white"] * 72 + FRAMES[WORST])
     save(figure, "pool")
     right, rewards = matches(run, ordered), ordered.rewards
+    random = proxy.rewards[train.selection.random_subset(proxy.rewards, 24)].sort().values
     return (
         f'"{run.train.prompts[proxy.prompt]}", ordered by proxy reward. A tick: the picture '
         f"matches the prompt. {right.sum()} of 96 do; {right[:12].sum()} of the 12 best (blue), "
         f"{right[-12:].sum()} of the 12 worst (orange). The mean rewards of the 12 best and the 12 "
-        f"worst are {rewards[:12].mean() - rewards[-12:].mean():.2f} apart, those of the upper and "
-        f"the lower half of the pool {rewards[:48].mean() - rewards[48:].mean():.2f}."
+        f"worst are {rewards[:12].mean() - rewards[-12:].mean():.2f} apart, those of the better "
+        f"and the worse half of 24 random ones {random[12:].mean() - random[:12].mean():.2f}."
     )
 
 
@@ -171,14 +172,13 @@ def precisions(run, proxy, truth, kept):
     rows = {"NVFP4\n6 steps": proxy, "BF16\n6 steps": middle, "BF16\n10 steps": truth}
     show_kept(run, [(label, pool.take(kept)) for label, pool in rows.items()], "precisions")
     texts = [
-        f"{(matches(run, pool) == matches(run, truth)).sum()} of all 96 pictures agree with the "
-        f"last row's on whether they match the prompt, and the latents differ from its by "
-        f"{relative_change(truth.latents, pool.latents):.0%} (root mean square)"
+        f"{(matches(run, pool) == matches(run, truth)).sum()} match or not as before, and the "
+        f"latents differ by {relative_change(truth.latents, pool.latents):.0%} (root mean square)"
         for pool in (proxy, middle)
     ]
     return (
-        f"The five best and the five worst seeds. In NVFP4 with 6 steps {texts[0]}; in BF16 with "
-        f"6 steps {texts[1]}."
+        f"The five best and the five worst seeds. All 96 compared with BF16 in 10 steps: in NVFP4 "
+        f"and 6 steps {texts[0]}; in BF16 and 6 steps {texts[1]}."
     )
 
 
@@ -266,7 +266,7 @@ def one_update(sample, looks):
     save(figure, "one_update")
     correlation = torch.corrcoef(torch.stack([sample.advantages, change]))[0, 1]
     return (
-        f"The 24 kept candidates, each at its 6 training pairs. Mean change: "
+        f"The first prompt's 24 samples, each at the 6 times that it is trained at. Mean change: "
         f"{change[BEST].mean():+.1f}% for those kept as best, {change[WORST].mean():+.1f}% for "
         f"those kept as worst; correlation with the advantage {correlation:.2f}. The velocity "
         f"changed by {relative_change(v, new_v):.1%} (root mean square)."
@@ -290,8 +290,8 @@ def training(run, looks, kept):
     )
 
 
-def cost(run, proxy, seconds):
-    """Seconds and evaluations of the model by stage."""
+def cost(run, pools, seconds):
+    """Seconds and evaluations of the model by stage. pools: Candidates of each prompt."""
     c, N, P = run.config, run.num_candidates, run.config.prompts_per_step
     counts = {"prepare": 0, "explore": P * N * c.explore_steps, "reward": 0}
     counts |= {"regenerate": P * c.keep * c.rollout_steps, "train": P * evaluations(c)[1]}
@@ -307,15 +307,16 @@ def cost(run, proxy, seconds):
     axes[0].invert_yaxis()
     save(figure, "cost")
     times = {"nvfp4": [], "bf16": []}
-    for precision in [*times] * 9:
+    for precision in [*times] * 5:
         stage = train.Stage(precision, precision, c.explore_steps)
-        run.rollout(stage, proxy.prompt, proxy.text, proxy.seeds)
+        for candidates in pools:
+            run.rollout(stage, candidates.prompt, candidates.text, candidates.seeds)
         times[precision].append(run.clock.take()[precision])
     nvfp4, bf16 = map(statistics.median, times.values())
     return (
-        f"An iteration of two prompts, with decoding. One pool of 96 in {c.explore_steps} steps "
-        f"takes {nvfp4:.2f} s in simulated "
-        f"NVFP4 and {bf16:.2f} s in BF16 (medians of 9): {nvfp4 / bf16:.1f} times as long."
+        f"An iteration of two prompts, with decoding. Compared in turn, both pools in "
+        f"{c.explore_steps} steps take {nvfp4:.2f} s in simulated NVFP4 and {bf16:.2f} s in BF16 "
+        f"(medians of 5): {nvfp4 / bf16:.1f} times as long."
     )
 
 
@@ -335,7 +336,7 @@ def main():
     looks, seconds = train_and_look(run, truth, samples[0])
     captions["one_update"] = one_update(samples[0], looks)
     captions["training"] = training(run, looks, kept)
-    captions["cost"] = cost(run, proxy, seconds)
+    captions["cost"] = cost(run, [proxy for proxy, _ in pools], seconds)
     made = "commit {commit}; {machine}; {seconds:.0f} s".format_map(provenance(started))
     made += f"; threads: {torch.get_num_threads()}; seed {run.config.seed}"
     captions["made"] = f"`python experiments/walkthrough.py` ({made})"

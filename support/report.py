@@ -147,8 +147,7 @@ class Report:
 
     def evaluated(self, step, scores, seconds):
         """Log an evaluation. scores: {reward: list of each held-out prompt's mean}. The gain since
-        step 0 is compared prompt by prompt: the noise being the same, its error is much below that
-        of either mean."""
+        step 0 is compared prompt by prompt, each drawn from the same noise as then."""
         rewards = scores["weighted_sum"]
         mean, error = mean_and_error(rewards)
         entries = {f"eval/{name}": statistics.mean(values) for name, values in scores.items()}
@@ -288,7 +287,7 @@ class Report:
         if error > 0:
             result += f", {gain / error:.1f} standard errors"
         say(f"\nheld-out reward: {result}")
-        say("(errors are over the held-out prompts of this run; another --seed may differ by more)")
+        say("(errors are over the held-out prompts of this run; they say nothing of another --seed)")
         if "eval/accuracy" in first:
             say(
                 f"pictures that match their prompt: {first['eval/accuracy']:.0%} before, "
