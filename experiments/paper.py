@@ -60,6 +60,7 @@ class Run:
     """A complete run: its options, its evaluations, and where and how long it ran."""
 
     def __init__(self, folder):
+        self.folder = folder
         self.config = SimpleNamespace(**json.loads((folder / "config.json").read_text())["config"])
         self.made = json.loads((folder / "made.json").read_text())
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -307,7 +308,7 @@ def costs_of_update(runs, model):
     rollout, training = evaluations(config)
     scaling, _ = evaluations(SimpleNamespace(**vars(config) | dict(algorithm="naive_scaling")))
     costs = {
-        "24 in 24": sum(evaluations(runs[model, "diffusionnft"][0].config)),
+        "24 of 24": sum(evaluations(runs[model, "diffusionnft"][0].config)),
         "sol_rl, FP4 at no speed-up": rollout + training,
         "sol_rl, modelled": scaling / SPEED_UPS[model] + training,
     }
@@ -336,10 +337,10 @@ def milestones(given):
     columns += [*(f"cost: {name}; ratio" for name, _ in costs), "paper's ratio"]
     speed_ups = ", ".join(f"{model} {SPEED_UPS[model]}" for model in given.models)
     text = (
-        f"Updates and cost to reach shares of the final gain that diffusionnft (24 in 24) has with "
+        f"Updates and cost to reach shares of the final gain that diffusionnft (24 of 24) has with "
         f"the same seed; mean ± standard error over seeds {given.seeds}, interpolated linearly "
         f"between evaluations. Cost: thousands of BF16 evaluations of the model, a backward pass "
-        f"counted as two. Ratio: cost of 24 in 24 / cost of sol_rl, seed by seed; the paper's are "
+        f"counted as two. Ratio: cost of 24 of 24 / cost of sol_rl, seed by seed; the paper's are "
         f"of GPU-hours. The **modelled** column is not measured: in it the whole rollout of sol_rl "
         f"is taken to be as many times faster than naive_scaling's as the paper measured it, in "
         f"seconds per iteration: {speed_ups}.\n\n"
@@ -475,7 +476,9 @@ RANKINGS = ("fidelity", "ladder")  # these compare no runs of train.py
 
 def section(title, command, started, text, runs):
     """A section of docs/results.md: how it was made, then the experiment's text."""
-    made = [run.made for of_seeds in runs.values() for run in of_seeds]
+    # By folder, because a run may serve several variants.
+    made = {run.folder: run.made for of_seeds in runs.values() for run in of_seeds}
+    made = list(made.values())
     time_taken = f"{len(made)} runs, two at a time with one thread each, of " if made else ""
     made = made or [provenance(started)]
     time_taken += f"{sum(m['seconds'] for m in made) / len(made):.0f} s"

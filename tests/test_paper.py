@@ -48,7 +48,7 @@ def test_the_cost_of_an_update_in_evaluations_of_the_model(run):
 
 
 def test_milestones_of_two_runs_by_hand(run, monkeypatch):
-    """24 in 24 has gained half, 0.2, after 20 + 10 / 3 updates of 2 x 960 evaluations. A run that
+    """24 of 24 has gained half, 0.2, after 20 + 10 / 3 updates of 2 x 960 evaluations. A run that
     is twice as fast needs half of them, of 2 x 1536."""
     runs = {}
     for algorithm in ("sol_rl", "diffusionnft"):
