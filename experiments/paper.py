@@ -477,8 +477,7 @@ RANKINGS = ("fidelity", "ladder")  # these compare no runs of train.py
 def section(title, command, started, text, runs):
     """A section of docs/results.md: how it was made, then the experiment's text."""
     # By folder, because a run may serve several variants.
-    made = {run.folder: run.made for of_seeds in runs.values() for run in of_seeds}
-    made = list(made.values())
+    made = {run.folder: run.made for of_seeds in runs.values() for run in of_seeds}.values()
     time_taken = f"{len(made)} runs, two at a time with one thread each, of " if made else ""
     made = made or [provenance(started)]
     time_taken += f"{sum(m['seconds'] for m in made) / len(made):.0f} s"

@@ -30,7 +30,6 @@ UPDATES = 20  # the first of which is that of the iteration looked at
 LAYER = "transformer_blocks.2.ff.conv_inverted"  # one of the largest; LoRA does not adapt it
 BEST, WORST = slice(12), slice(12, 24)  # among the 24 that best_worst keeps
 FRAMES = [COLOURS["best"]] * 12 + [COLOURS["worst"]] * 12  # their colours
-plt.rcParams.update({"font.size": 9, "figure.constrained_layout.use": True})
 
 # ---------------------------------------------------------------------------------------------
 # The iteration, by the functions of train.py
@@ -172,13 +171,14 @@ def precisions(run, proxy, truth, kept):
     rows = {"NVFP4\n6 steps": proxy, "BF16\n6 steps": middle, "BF16\n10 steps": truth}
     show_kept(run, [(label, pool.take(kept)) for label, pool in rows.items()], "precisions")
     texts = [
-        f"{(matches(run, pool) == matches(run, truth)).sum()} match or not as before, and the "
-        f"latents differ by {relative_change(truth.latents, pool.latents):.0%} (root mean square)"
+        f"{(matches(run, pool) == matches(run, truth)).sum()} pictures get the same verdict (match "
+        f"or no match), and the latents, from which pictures are decoded, differ by "
+        f"{relative_change(truth.latents, pool.latents):.0%} (root mean square)"
         for pool in (proxy, middle)
     ]
     return (
-        f"The five best and the five worst seeds. All 96 compared with BF16 in 10 steps: in NVFP4 "
-        f"and 6 steps {texts[0]}; in BF16 and 6 steps {texts[1]}."
+        f"The five best and the five worst seeds. Of all 96, compared with BF16 in 10 steps: in "
+        f"NVFP4 and 6 steps {texts[0]}; in BF16 and 6 steps {texts[1]}."
     )
 
 
@@ -291,7 +291,7 @@ def training(run, looks, kept):
 
 
 def cost(run, pools, seconds):
-    """Seconds and evaluations of the model by stage. pools: Candidates of each prompt."""
+    """Seconds and evaluations of the model by stage."""
     c, N, P = run.config, run.num_candidates, run.config.prompts_per_step
     counts = {"prepare": 0, "explore": P * N * c.explore_steps, "reward": 0}
     counts |= {"regenerate": P * c.keep * c.rollout_steps, "train": P * evaluations(c)[1]}
@@ -309,17 +309,18 @@ def cost(run, pools, seconds):
     times = {"nvfp4": [], "bf16": []}
     for precision in [*times] * 5:
         stage = train.Stage(precision, precision, c.explore_steps)
-        for candidates in pools:
+        for candidates, _ in pools:
             run.rollout(stage, candidates.prompt, candidates.text, candidates.seeds)
         times[precision].append(run.clock.take()[precision])
     nvfp4, bf16 = map(statistics.median, times.values())
     return (
-        f"An iteration of two prompts, with decoding. Compared in turn, both pools in "
-        f"{c.explore_steps} steps take {nvfp4:.2f} s in simulated NVFP4 and {bf16:.2f} s in BF16 "
+        f"An iteration of two prompts, with decoding. The two pools, drawn in {c.explore_steps} "
+        f"steps by both in turn, take {nvfp4:.2f} s in simulated NVFP4 and {bf16:.2f} s in BF16 "
         f"(medians of 5): {nvfp4 / bf16:.1f} times as long."
     )
 
 
+@plt.rc_context({"font.size": 9, "figure.constrained_layout.use": True})
 def main():
     started = time.perf_counter()
     run = train.Run(train.parse_options(["--model=sana", "--device=cpu"]))
@@ -336,7 +337,7 @@ def main():
     looks, seconds = train_and_look(run, truth, samples[0])
     captions["one_update"] = one_update(samples[0], looks)
     captions["training"] = training(run, looks, kept)
-    captions["cost"] = cost(run, [proxy for proxy, _ in pools], seconds)
+    captions["cost"] = cost(run, pools, seconds)
     made = "commit {commit}; {machine}; {seconds:.0f} s".format_map(provenance(started))
     made += f"; threads: {torch.get_num_threads()}; seed {run.config.seed}"
     captions["made"] = f"`python experiments/walkthrough.py` ({made})"

@@ -287,7 +287,9 @@ class Report:
         if error > 0:
             result += f", {gain / error:.1f} standard errors"
         say(f"\nheld-out reward: {result}")
-        say("(errors are over the held-out prompts of this run; they say nothing of another --seed)")
+        say(
+            "(errors are over the held-out prompts of this run; they say nothing of another --seed)"
+        )
         if "eval/accuracy" in first:
             say(
                 f"pictures that match their prompt: {first['eval/accuracy']:.0%} before, "

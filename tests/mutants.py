@@ -568,8 +568,8 @@ MISTAKES = [
     Mistake(
         "experiments: regenerating is not counted as a cost",
         "experiments/paper.py",
-        "rollout += candidates * stage.steps\n        candidates = stage.num_kept or candidates",
-        "rollout += candidates * stage.steps\n        break",
+        "for stage in stages:",
+        "for stage in stages[:1]:",
         EXPERIMENTS,
     ),
     Mistake(

@@ -105,6 +105,15 @@ def test_a_section_replaces_only_itself():
     )
 
 
+def test_a_section_counts_a_run_once_that_serves_several_variants(run, tmp_path):
+    made = dict(commit="abc", machine="a CPU")
+    run.made = made | dict(seconds=60.0)
+    other = SimpleNamespace(folder=tmp_path / "other", made=made | dict(seconds=30.0))
+    text = paper.section("Title", "command", 0.0, "text", {"a": [run], "b": [run, other]})
+    made = "(commit abc; a CPU; 2 runs, two at a time with one thread each, of 45 s)"
+    assert text == f"## Title\n\n`command` {made}\n\ntext"
+
+
 def test_folders_follow_from_the_options_alone():
     every = [options for variants in paper.VARIANTS.values() for options in variants.values()]
     every += paper.NAIVE_FP4.values()
