@@ -67,11 +67,15 @@ class Run:
         self.evaluations = [line for line in lines if "eval/reward" in line]
         self.steps, self.rewards = self.values("step"), self.values("eval/reward")
         self.gain = self.rewards[-1] - self.rewards[0]
-        half = min(self.steps, key=lambda step: abs(step - self.config.steps / 2))
-        self.reward_at_half = self.rewards[self.steps.index(half)]
+        self.reward_at_half = self.reward_at(0.5)
 
     def values(self, metric):
         return [evaluation[metric] for evaluation in self.evaluations]
+
+    def reward_at(self, share):
+        """The reward of the evaluation that is nearest to this share of the updates."""
+        step = min(self.steps, key=lambda step: abs(step - share * self.config.steps))
+        return self.rewards[self.steps.index(step)]
 
     def reach(self, reward):
         return first_reach(self.steps, self.rewards, reward)
@@ -349,12 +353,14 @@ def milestones(given):
 
 
 def naive_fp4(given):
-    own = {
-        "lowest gain": (".4f", lambda run: min(run.rewards) - run.rewards[0]),
-        "highest gain": (".4f", lambda run: max(run.rewards) - run.rewards[0]),
-    } | {name: OWN[name] for name in ("gain", "accuracy before", "accuracy after", "clear after")}
+    def gain_at(share):
+        return ".4f", lambda run: run.reward_at(share) - run.rewards[0]
+
+    own = {f"gain at {share:.0%}": gain_at(share) for share in (0.25, 0.5, 0.75, 1)}
+    own["highest gain"] = ".4f", lambda run: max(run.rewards) - run.rewards[0]
+    own |= {name: OWN[name] for name in ("accuracy before", "accuracy after", "clear after")}
     text, all_runs = reading(given, "naive_scaling") + NAIVE_QUANT, {}
-    text += "Lowest and highest gain: of all evaluations.\n"
+    text += "Gains are those at shares of the updates; the highest is that of all evaluations.\n"
     refuse_fixed(given, NAIVE_FP4.values())  # of all settings, before the first run
     for setting, options in NAIVE_FP4.items():
         pair = {n: options | dict(algorithm=n) for n in ("naive_scaling", "naive_quant")}

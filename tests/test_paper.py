@@ -36,6 +36,7 @@ def test_a_milestone_is_interpolated_between_evaluations(run):
     assert run.reach(0.4) == pytest.approx(20 + 10 * 2 / 3)
     assert run.reach(0.6) == math.inf
     assert run.gain == pytest.approx(0.4) and run.reward_at_half == 0.2
+    assert [run.reward_at(share) for share in (0.1, 0.7, 0.9)] == [0.1, 0.2, 0.5]
 
 
 def test_the_cost_of_an_update_in_evaluations_of_the_model(run):
