@@ -171,8 +171,8 @@ def precisions(run, proxy, truth, kept):
     rows = {"NVFP4\n6 steps": proxy, "BF16\n6 steps": middle, "BF16\n10 steps": truth}
     show_kept(run, [(label, pool.take(kept)) for label, pool in rows.items()], "precisions")
     texts = [
-        f"{(matches(run, pool) == matches(run, truth)).sum()} pictures get the same verdict (match "
-        f"or no match), and the latents, from which pictures are decoded, differ by "
+        f"{(matches(run, pool) == matches(run, truth)).sum()} pictures get the same verdict, match "
+        f"or no match, and the latents differ by "
         f"{relative_change(truth.latents, pool.latents):.0%} (root mean square)"
         for pool in (proxy, middle)
     ]
@@ -314,9 +314,9 @@ def cost(run, pools, seconds):
         times[precision].append(run.clock.take()[precision])
     nvfp4, bf16 = map(statistics.median, times.values())
     return (
-        f"An iteration of two prompts, with decoding. The two pools, drawn in {c.explore_steps} "
-        f"steps by both in turn, take {nvfp4:.2f} s in simulated NVFP4 and {bf16:.2f} s in BF16 "
-        f"(medians of 5): {nvfp4 / bf16:.1f} times as long."
+        f"An iteration of two prompts, with decoding. In {c.explore_steps} steps the two pools take "
+        f"{nvfp4:.2f} s in simulated NVFP4 and {bf16:.2f} s in BF16 (medians of 5, in turn): "
+        f"{nvfp4 / bf16:.1f} times as long."
     )
 
 
