@@ -315,7 +315,7 @@ def cost(run, pools, seconds):
     nvfp4, bf16 = map(statistics.median, times.values())
     return (
         f"An iteration of two prompts, with decoding. In {c.explore_steps} steps the two pools take "
-        f"{nvfp4:.2f} s in simulated NVFP4 and {bf16:.2f} s in BF16 (medians of 5, in turn): "
+        f"{nvfp4:.2f} s in simulated NVFP4 and {bf16:.2f} s in BF16 (medians of 5 runs of each): "
         f"{nvfp4 / bf16:.1f} times as long."
     )
 
