@@ -39,8 +39,8 @@ def best_worst(rewards, k):
 
 
 def random_subset(rewards, k, seed=0):
-    """k at random, the baseline that does not look for contrast, at the same cost. The seed is fixed:
-    the same places of every pool, whose candidates are random."""
+    """k at random: the baseline that does not look for contrast, at the same cost of training. The
+    seed is fixed: the same places of every pool, whose candidates are random."""
     from random import Random
 
     return Random(seed).sample(range(len(_checked(rewards, k))), k)
