@@ -314,9 +314,9 @@ def cost(run, pools, seconds):
         times[precision].append(run.clock.take()[precision])
     nvfp4, bf16 = map(statistics.median, times.values())
     return (
-        f"An iteration of two prompts, with decoding. In {c.explore_steps} steps the two pools take "
-        f"{nvfp4:.2f} s in simulated NVFP4 and {bf16:.2f} s in BF16 (medians of 5 runs of each): "
-        f"{nvfp4 / bf16:.1f} times as long."
+        f"An iteration of two prompts, with decoding. In {c.explore_steps} steps the two pools "
+        f"take {nvfp4:.2f} s in simulated NVFP4 and {bf16:.2f} s in BF16 (medians of 5 runs of "
+        f"each): {nvfp4 / bf16:.1f} times as long."
     )
 
 
