@@ -18,7 +18,7 @@ def on_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # for the processes that it starts
     monkeypatch.setitem(bench.MODES, "compiled", lambda function: function)
-    monkeypatch.setitem(bench.SHAPES, "cpu", ((96, 40),))
+    monkeypatch.setitem(bench.SHAPES, "cpu", ((96, 48),))
     monkeypatch.setattr(gpu_check, "LAYER", (64, 96))
 
 
@@ -75,7 +75,7 @@ def test_an_error_is_a_line_and_the_other_sections_run(tmp_path, monkeypatch):
     said = [line for line in report["Broken"] if line]
     error = "**failed**: RuntimeError: CUDA error: no kernel / image"
     assert said[:-1] == ["before the error", error]
-    assert "(96, 40), compiled" in cells(report[QUANTIZATION])
+    assert "(96, 48), compiled" in cells(report[QUANTIZATION])
 
 
 def test_a_check_that_fails_is_a_row_with_its_figures_and_the_other_checks_run(
