@@ -46,9 +46,9 @@ max(|x| / 17, 2^-10 / m), which is tight too, plus the same roundings with s = 0
 
 What a matmul does. The tensor core multiplies code * s exactly, accumulates in float32 and
 multiplies the sums by alpha = amax_x * amax_w / M^2. A code has 2 significant bits and s has 4, so
-code * s (at most 6 bits, exponents from -10 to 11) is exact in BF16. The simulation is one BF16
-matmul of these products, followed by alpha. It differs from the FP4 matmul only in the order of the
-sum and in one more rounding to BF16, before alpha.
+code * s (at most 6 bits, exponents from -10 to 11) is exact in BF16 and in float32. The simulation
+is one matmul of these products, in the dtype of the model, followed by alpha. It differs from the
+FP4 matmul only in the order of the sum and, in BF16, in one more rounding, before alpha.
 
 How large a layer's error is. Let E_x and E_w hold the bounds above for each element of x and W.
 As x w - Q(x) Q(w) = x (w - Q(w)) + (x - Q(x)) Q(w), the matmul's error, besides its roundings, is
@@ -71,9 +71,6 @@ from support import te
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E2M1_MAX, E4M3_MAX, E4M3_MAX_FOUR_OVER_SIX = 6.0, 448.0, 256.0
 FLT_MAX = torch.finfo(torch.float32).max
-# Elements that eager mode quantizes at a time. On a CPU they stay in the L2 cache; on a GPU, where
-# each piece launches kernels of its own, the limit only keeps the float32 copies small.
-CPU_PIECE, GPU_PIECE = 1 << 17, 1 << 26
 
 
 # ---------------------------------------------------------------------------------------------
@@ -164,7 +161,7 @@ def _scale_blocks(tiles, four_over_six, row_scaled):
     for on_four in (False, True):
         scales, multiplier = _block_scales(block_amax, amax, scale_max, on_four)
         y = (tiles * multiplier).clamp(-E2M1_MAX, E2M1_MAX)
-        value = _round_e2m1(y) * scales * amax / (E2M1_MAX * scale_max)
+        value = _round(y, 1, 1.0) * scales * amax / (E2M1_MAX * scale_max)
         candidates.append((scales, multiplier, _sum_in_order((value - tiles).abs())))
     six, four = candidates
     four_is_better = four[2] < six[2]
@@ -184,7 +181,7 @@ def _block_scales(block_amax, amax, scale_max=E4M3_MAX, on_four=None):
     else:
         sixth = torch.div(block_amax, torch.full_like(block_amax, E2M1_MAX))
         scales = sixth * s_enc * (1.5 if on_four else 1.0)
-    scales = scales.clamp(max=E4M3_MAX).to(torch.float8_e4m3fn).float()
+    scales = _round(scales.clamp_(max=E4M3_MAX), 3, 2.0**-6)  # to E4M3
     return scales, (scales * s_enc.reciprocal()).reciprocal().clamp(max=FLT_MAX)
 
 
@@ -219,17 +216,8 @@ def _fake_quantize(x, block, four_over_six, row_scaled, dtype, decode):
     tiles = _tile(x, block)
     scales, multiplier, amax, scale_max = _scale_blocks(tiles, four_over_six, row_scaled)
     unit = amax / (E2M1_MAX * scale_max)
-    if decode:
-        scales = scales * unit
-    if torch.compiler.is_compiling():  # the compiler makes one pass of it, for any number of rows
-        pieces = [slice(None)]
-    else:
-        rows = max(1, (CPU_PIECE if x.device.type == "cpu" else GPU_PIECE) // tiles[0].numel())
-        pieces = [slice(i, i + rows) for i in range(0, len(tiles), rows)]
-    values = torch.empty(tiles.shape, dtype=dtype, device=x.device)
-    for piece in pieces:
-        y = tiles[piece].to(torch.float32, copy=True).mul_(multiplier[piece])
-        values[piece] = _round_e2m1(y.clamp_(-E2M1_MAX, E2M1_MAX)).mul_(scales[piece])
+    codes = _round((tiles * multiplier).clamp_(-E2M1_MAX, E2M1_MAX), 1, 1.0)  # to E2M1
+    values = codes.mul_(scales * unit if decode else scales).to(dtype)
     return _untile(values, x.shape), unit.reshape(-1, 1) if row_scaled else unit
 
 
@@ -244,14 +232,17 @@ def _block_amax(tiles):
     return bits.amax(dim=(2, 3), keepdim=True).view(tiles.dtype).float()
 
 
-def _round_e2m1(y):
-    """Round |y| <= 6, float32, in place to the nearest E2M1 value, ties to even.
+def _round(y, mantissa_bits, smallest):
+    """Round y, float32, in place to the nearest number with that many bits after the leading one,
+    ties to even. Below `smallest`, a power of two, such numbers have equal steps.
 
-    Let p be the power of two in (|y| / 2, |y|], at least 1: codes near y are p / 2 apart. Float32
-    numbers near 1.5 * 2^22 * p are p / 2 apart too, so adding and subtracting that rounds y.
+    Let p be the power of two in (|y| / 2, |y|], at least `smallest`, and m = mantissa_bits. The
+    numbers near y are p / 2^m apart. Float32 numbers near 1.5 * 2^(23 - m) * p are p / 2^m apart
+    too, so adding and subtracting that rounds y.
     """
-    p = (y.view(torch.int32) & 0x7F800000).view(torch.float32).clamp_(min=1.0)
-    return y.add_(p, alpha=1.5 * 2**22).sub_(p, alpha=1.5 * 2**22)
+    p = (y.view(torch.int32) & 0x7F800000).view(torch.float32).clamp_(min=smallest)
+    shift = 1.5 * 2.0 ** (23 - mantissa_bits)
+    return y.add_(p, alpha=shift).sub_(p, alpha=shift)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -276,17 +267,17 @@ PRECISIONS = {
 }
 
 
-def _exact_values(x, precision, block):
-    """x (M, K) -> (BF16 values that hold the quantized numbers exactly, the float32 scale, () or
-    (M, 1), that the matmul's result is multiplied by). precision: a Precision other than bf16."""
+def _exact_values(x, precision, block, dtype):
+    """x (M, K) -> (values that hold the quantized numbers exactly, in dtype, BF16 or float32; the
+    float32 scale, () or (M, 1), that the matmul's result is multiplied by). precision: a Precision
+    other than bf16."""
     if precision.format == "fp8":
         amax = x.abs().amax().float()
         multiplier = torch.where(amax == 0, 1.0, E4M3_MAX / amax).clamp(max=FLT_MAX)
-        values = (x.float() * multiplier).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-        return values.to(torch.bfloat16), multiplier.reciprocal()
+        values = (x.float() * multiplier).clamp_(-E4M3_MAX, E4M3_MAX)
+        return _round(values, 3, 2.0**-6).to(dtype), multiplier.reciprocal()
     row_scaled = precision.row_scaled and block == (1, 16)
-    four_over_six = precision.four_over_six
-    return _fake_quantize(x, block, four_over_six, row_scaled, torch.bfloat16, decode=False)
+    return _fake_quantize(x, block, precision.four_over_six, row_scaled, dtype, decode=False)
 
 
 class SimulatedMatmul(nn.Module):
@@ -299,18 +290,18 @@ class SimulatedMatmul(nn.Module):
     def __init__(self, weight, bias, precision):
         super().__init__()
         self.precision, self.bias = precision, bias
-        values, scale = _exact_values(weight, precision, (16, 16))
+        values, scale = _exact_values(weight, precision, (16, 16), weight.dtype)
         self.register_buffer("values", values, persistent=False)
         self.register_buffer("scale", scale, persistent=False)
 
     @torch.no_grad()
     def set_weight(self, weight):
-        values, scale = _exact_values(weight, self.precision, (16, 16))
+        values, scale = _exact_values(weight, self.precision, (16, 16), self.values.dtype)
         self.values.copy_(values)  # in place, because a compiled model keeps reading these tensors
         self.scale.copy_(scale)
 
     def forward(self, x):
-        values, scale = _exact_values(x, self.precision, (1, 16))
+        values, scale = _exact_values(x, self.precision, (1, 16), self.values.dtype)
         y = F.linear(values, self.values).float().mul_(scale * self.scale)
         if self.bias is not None:
             y.add_(self.bias)

@@ -145,11 +145,13 @@ def make_copy(model, precision, skip=(), min_dim=0):
 
 @torch.no_grad()
 def sync(merged, transformer, adapter):
-    """Give a copy the weights of a policy: base and LoRA, merged in float32, rounded to BF16 and
-    then, where the copy's layer is quantized, quantized."""
+    """Give a copy the weights of a policy: base and LoRA, merged in float32, rounded to BF16 (in a
+    model that computes in float32, too) and then, where the copy's layer is quantized, quantized.
+    """
     for name, layer in models.lora_layers(transformer):
         base = layer.get_base_layer().weight
-        weight = (base.float() + layer.get_delta_weight(adapter).float()).to(base.dtype)
+        weight = base.float() + layer.get_delta_weight(adapter).float()
+        weight = weight.to(torch.bfloat16).to(base.dtype)
         copied_layer = merged.get_submodule(name)
         if isinstance(copied_layer, quant.QuantizedLinear):
             copied_layer.set_weight(weight)

@@ -106,6 +106,10 @@ ALGORITHMS = {
     "diffusionnft": lambda c: (c.keep, [Stage("explore", "bf16", c.rollout_steps, c.keep)]),
 }
 
+# For the progress bar: an (image, time) pair of the update takes about as long as this many
+# evaluations of the network in a rollout. Three are forward and one backward, which counts twice.
+UPDATE_COST = 5
+
 # Numbers that candidate_seeds gets in the place of a step or a prompt, which are never this large.
 UPDATE, EVALUATION, ORDER = 2**32 - 1, 2**32 - 2, 2**32 - 3
 
@@ -231,6 +235,7 @@ def update(run, samples, step):
                 (loss * share).backward()
             norm = torch.nn.utils.get_total_norm([p.grad for p in policy])
             run.guard("update", [prompt], seeds, loss=loss[None], gradient=norm[None])
+            run.advance(UPDATE_COST * len(rows))
             for name, value in values.items():
                 sums[name] += float(value) * share
         metrics.append(sums)
@@ -299,37 +304,44 @@ def evaluate(run):
             rollout.sync(run.copies["bf16"], transformer, "ema")
         texts = run.model.encode(run.held_out.prompts)
         for i in distributed.mine(range(0, len(rows), c.micro_batch)):
-            batch_rows, batch_seeds = rows[i : i + c.micro_batch], seeds[i : i + c.micro_batch]
-            rollout.seed_globals(batch_seeds[0])
-            noise = rollout.initial_noise(batch_seeds, run.model.latent_shape)
-            text = texts.take(batch_rows).to(c.device)
-            x_0 = rollout.sample(run.model, run.networks["bf16"], text, noise, c.eval_steps)
-            scores.append(
-                run.score("evaluate", batch_rows, batch_seeds, x_0, run.model.decode(x_0))
+            batch = slice(i, i + c.micro_batch)
+            _, batch_scores = draw_held_out(
+                run, run.networks["bf16"], texts, rows[batch], seeds[batch]
             )
+            scores.append(batch_scores)
+            run.advance(len(rows[batch]) * c.eval_steps)
     scores = rollout.join_scores(distributed.gather(scores))
     return {name: v.reshape(n, -1).mean(dim=1).tolist() for name, v in scores.items()}
 
 
 def before_after(run):
     """(At most 8 held-out prompts; a row (label, images, scores) of the base model and one of the
-    EMA policy). Both draw of each prompt the image that an evaluation draws first, but for the
-    roundings of a merged copy and of its micro-batch."""
+    EMA policy). Both draw the first evaluation image of each prompt; rounding may differ."""
     c, n = run.config, len(run.held_out.prompts)
-    chosen, rows = sorted({i * n // 8 for i in range(8)}), []
-    prompts = [run.held_out.prompts[i] for i in chosen]
-    texts = run.model.encode(prompts).to(c.device)
+    chosen, pictures = sorted({i * n // 8 for i in range(8)}), []
+    seeds = [rollout.candidate_seeds(0, EVALUATION, i, 1)[0] for i in chosen]
+    texts = run.model.encode(run.held_out.prompts)
     for label, policy in (("base model", "base"), (f"after {c.steps} steps", "ema")):
         images, scores = [], []
-        for row, i in enumerate(chosen):
-            seeds, text = rollout.candidate_seeds(0, EVALUATION, i, 1), texts.take(row)
-            rollout.seed_globals(seeds[0])
-            with models.policy(run.model.transformer, policy) as transformer:
-                x_0, image = rollout.draw(run.model, transformer, text, seeds, c.eval_steps)
-            scores.append(run.score("evaluate", [i], seeds, x_0, image))
-            images.append(image)
-        rows.append((label, torch.cat(images), rollout.join_scores(scores)))
-    return prompts, rows
+        with models.policy(run.model.transformer, policy) as transformer:
+            for i in range(0, len(chosen), c.micro_batch):
+                batch = slice(i, i + c.micro_batch)
+                drawn = draw_held_out(run, transformer, texts, chosen[batch], seeds[batch])
+                images.append(drawn[0])
+                scores.append(drawn[1])
+        pictures.append((label, torch.cat(images), rollout.join_scores(scores)))
+    return [run.held_out.prompts[i] for i in chosen], pictures
+
+
+def draw_held_out(run, network, texts, rows, seeds):
+    """(images, scores) of a micro-batch of held-out prompts, with these indices and seeds. texts:
+    models.Text of all held-out prompts."""
+    rollout.seed_globals(seeds[0])
+    noise = rollout.initial_noise(seeds, run.model.latent_shape)
+    text = texts.take(rows).to(run.config.device)
+    x_0 = rollout.sample(run.model, network, text, noise, run.config.eval_steps)
+    images = run.model.decode(x_0)
+    return images, run.score("evaluate", rows, seeds, x_0, images)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -345,6 +357,7 @@ class Run:
         c = self.config = config
         self.clock, self.stop_flag = Clock(c.device), checkpoint.StopFlag()
         self.num_candidates, self.stages = ALGORITHMS[c.algorithm](c)
+        self.advance = lambda work: None  # moves the progress bar; work: in network evaluations
         self.reward_names = [name for name, *_ in read_spec(c.reward)]
         eval_parts = read_spec(c.eval_rewards, "--eval_rewards") if c.eval_rewards else []
         self.eval_reward_names = [name for name, *_ in eval_parts]
@@ -394,6 +407,9 @@ class Run:
             quantized = sum(outcome == precision for *_, outcome in layers)
             _, line = quant.backend(precision, c.device)
             self.backend = f"explored in {line}: {quantized} of {len(layers)} layers"
+        self.bf16 = "bf16" if transformer.dtype == torch.bfloat16 else "float32"
+        if self.bf16 == "float32":
+            self.backend += "; BF16 weights, computed in float32: this CPU has no fast BF16"
         torch.manual_seed(c.seed)
         models.add_lora(self.model, c.lora_rank, 2 * c.lora_rank, c.lora)
         self.networks = {"bf16": transformer} | self.copies
@@ -403,6 +419,18 @@ class Run:
         self.optimizer = torch.optim.AdamW(
             self.policies["default"], lr=c.learning_rate, weight_decay=1e-4
         )
+
+    def work(self):
+        """This process's network evaluations: (of an iteration, of an evaluation)."""
+        c, drawn = self.config, self.num_candidates
+        of_a_prompt = c.keep * num_timesteps(c) * UPDATE_COST
+        for stage in self.stages:
+            of_a_prompt += drawn * stage.steps
+            drawn = stage.num_kept or drawn
+        prompts = distributed.mine(range(c.prompts_per_step))
+        images = range(len(self.held_out.prompts) * c.eval_images)
+        batches = distributed.mine([images[i : i + c.micro_batch] for i in images[:: c.micro_batch]])
+        return len(prompts) * of_a_prompt, sum(map(len, batches)) * c.eval_steps
 
     def prompts_of(self, step):
         """Indices of the P training prompts of a step. The prompts are shuffled for each epoch; the
@@ -416,6 +444,7 @@ class Run:
         """The Candidates of a training prompt that a stage draws from these seeds."""
 
         def score(batch_seeds, latents, images):
+            self.advance(len(batch_seeds) * stage.steps)
             return self.score(stage.name, [prompt] * len(batch_seeds), batch_seeds, latents, images)
 
         rollout.seed_globals(seeds[0])
@@ -469,18 +498,22 @@ def train(config):
     if c.device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")  # TF32
     run, done, options = Run(c), 0, dataclasses.asdict(c)
-    with run.stop_flag, Report(options, run.reward_names, run.eval_reward_names) as report:
-        work = (
+    names = run.reward_names, run.eval_reward_names
+    with run.stop_flag, Report(options, *names, run.work()) as report:
+        run.advance = report.bar.update
+        lines = [
             f"an iteration: {c.prompts_per_step} prompts x {run.num_candidates} "
             f"candidates, {c.keep} of each prompt trained on at {num_timesteps(c)} times, one "
             f"optimizer step; {len(run.train.prompts)} training and {len(run.held_out.prompts)} "
-            f"held-out prompts; guidance is off"
-        )
+            f"held-out prompts; guidance is off",
+            f"an evaluation, the first of them now: {c.eval_images} images of each held-out prompt "
+            f"in {c.eval_steps} steps",
+        ]
         if c.checkpoint:
             checkpoint.restore(c.checkpoint, run.policies, run.optimizer)
             done, c.checkpoint = c.checkpoint.step, None  # its tensors are in place
             report.resume(done)
-        report.begin(run.backend, run.layers, [work, *run.notes])
+        report.begin(run.backend, run.layers, [*lines, *run.notes])
         try:
             while True:
                 last = done == c.steps
@@ -495,7 +528,8 @@ def train(config):
                 done += 1
                 report.step(done, metrics, run.clock.take())
                 if done % c.eval_every == 0 or done == c.steps:
-                    labels = [f"{stage.name}, {stage.precision}" for stage in run.stages]
+                    precisions = [s.precision.replace("bf16", run.bf16) for s in run.stages]
+                    labels = [f"{s.name}, {p}" for s, p in zip(run.stages, precisions)]
                     prompt = run.train.prompts[shown[0].prompt]
                     report.picture(done, prompt, list(zip(labels, shown)), run.model.decode)
         except Stopped:

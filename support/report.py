@@ -70,11 +70,12 @@ class Report:
     """The log of a run and the files in its folder. Every process keeps the log, so that
     `is_evaluated` answers the same in all; only the first one writes.
 
-    options: {name: value} of the whole Config, for config.json, trackers and the model card.
+    options: {name: value} of the whole Config, for config.json, trackers and the model card. work:
+    (network evaluations of an iteration, and of an evaluation), which the progress bar counts.
     """
 
-    def __init__(self, options, reward_names, eval_reward_names):
-        self.options, self.folder = options, Path(options["output_dir"])
+    def __init__(self, options, reward_names, eval_reward_names, work):
+        self.options, self.folder, self.work = options, Path(options["output_dir"]), work
         self.reward_names, self.eval_reward_names = reward_names, eval_reward_names
         self.lines = []  # of metrics.jsonl, one per step
         self.seconds, self.started = {}, time.perf_counter()
@@ -83,9 +84,19 @@ class Report:
         if distributed.RANK == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
         self.track, self.close_tracker = self._tracker()
-        hidden = distributed.RANK > 0
-        self.bar = tqdm(desc=self.options["algorithm"], total=self.options["steps"], disable=hidden)
+        self.bar = tqdm(
+            total=self._work(self.options["steps"]),
+            bar_format="{desc}{percentage:3.0f}%|{bar}| {elapsed} so far, {remaining} to go",
+            smoothing=0,  # the time to go follows from the mean speed of the whole run
+            disable=distributed.RANK > 0,
+        )
         return self
+
+    def _work(self, step):
+        """Network evaluations up to the evaluation after a step."""
+        steps, every = self.options["steps"], self.options["eval_every"]
+        evaluations = 1 + step // every + (step == steps and step % every > 0)
+        return step * self.work[0] + evaluations * self.work[1]
 
     def __exit__(self, *_):
         self.bar.close()
@@ -136,7 +147,7 @@ class Report:
             lines = []  # the run stopped in its first evaluation
         self.lines = [{k: math.nan if v is None else v for k, v in line.items()} for line in lines]
         self._write_log()
-        self.bar.initial = self.bar.n = step
+        self.bar.initial = self.bar.n = self._work(step)
 
     @property
     def evaluations(self):
@@ -171,7 +182,7 @@ class Report:
         entries = metrics | {f"time/{stage}": value for stage, value in seconds.items()}
         self.track(step, entries)
         self._log(step, entries, seconds)
-        self.bar.update()
+        self.bar.set_description(f"{step} of {self.options['steps']} steps", refresh=False)
         say(
             f"step {step:4d}  reward {metrics['reward/mean']:.4f} "
             f"({metrics['reward/worst']:.3f} to {metrics['reward/best']:.3f})  "
