@@ -25,6 +25,7 @@ Symbols, the same in every file
 Four policies share one network: the base model, and three LoRA adapters on it. The policy
 ("default") learns, the old policy ("old") draws, the EMA ("ema") is evaluated and saved. Images are
 drawn by copies of the network with the LoRA of the old policy (or the EMA) merged into the weights.
+A CPU without fast BF16 computes with the same BF16 weights in float32 (docs/precision.md).
 With --low_memory the network itself draws those in BF16.
 
 Departures. The authors' code is the authority where it differs from the paper's text; there, too,

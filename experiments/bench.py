@@ -4,7 +4,9 @@
 
 1. fake_quantize_nvfp4 against torchao's NVFP4Tensor.to_nvfp4(x).dequantize(), and against a plain
    copy of the same tensor, eager and compiled.
-2. A sampling step of the tiny models in each precision against BF16, eager and compiled.
+2. A sampling step of the tiny models in each precision against none, eager and compiled.
+
+Everything is in the dtype that a run on this machine computes in, BF16 or float32.
 """
 
 import statistics
@@ -51,12 +53,13 @@ def quantization(device):
     def torchao_fake_quantize(x):
         return NVFP4Tensor.to_nvfp4(x).dequantize()
 
-    columns = ["fake quantization of BF16", "ours ms", "copy ms", "of the copy's bandwidth"]
+    dtype = models.compute_dtype(device)
+    columns = [f"fake quantization of {dtype}", "ours ms", "copy ms", "of the copy's bandwidth"]
     columns += ["torchao ms", "torchao / ours"] if NVFP4Tensor else []
     yield f"| {' | '.join(columns)} |"
     yield "|" + " --- |" * len(columns)
     for shape in SHAPES[device]:
-        x = torch.randn(shape, dtype=torch.bfloat16, device=device)
+        x = torch.randn(shape, dtype=dtype, device=device)
         for mode, wrap in MODES.items():
             functions = {"ours": wrap(quant.fake_quantize_nvfp4), "copy": torch.clone}
             if NVFP4Tensor:
@@ -73,7 +76,8 @@ def quantization(device):
 def exploring(device):
     """A sampling step of each tiny model for 96 images of a prompt, by precision."""
     precisions = [precision for precision in quant.PRECISIONS if precision != "bf16"]
-    print("\n| a step for 96 images | BF16 ms | " + " | ".join(precisions) + " |")
+    print(f"\n| a step for 96 images | {models.compute_dtype(device)} ms | ", end="")
+    print(" | ".join(precisions) + " |")
     print("|" + " --- |" * (2 + len(precisions)))
     for name in models.MODELS:
         model = models.load(name, device=device)
