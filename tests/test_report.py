@@ -47,7 +47,8 @@ def options_of(folder, **changes):
 
 
 def report(folder, **changes):
-    return Report(options_of(folder, **changes), ["clipscore", "mine.py:red"], ["mine.py:blue"])
+    names = ["clipscore", "mine.py:red"], ["mine.py:blue"]
+    return Report(options_of(folder, **changes), *names, work=(7, 100))
 
 
 def scores(*values):
@@ -109,7 +110,9 @@ def test_a_resumed_log_goes_on_as_that_of_the_unstopped_run(step, tmp_path):
     with report(tmp_path / "run") as run:
         run.resume(step)
         assert [line["step"] for line in lines(tmp_path / "run")] == list(range(step + 1))
-        assert run.is_evaluated(step) == (step != 1) and run.bar.n == step
+        assert run.is_evaluated(step) == (step != 1)
+        # 7 units of work a step and 100 an evaluation, before the first step and after the last.
+        assert run.bar.n == 100 + 7 * step and run.bar.total == 4 * 7 + 2 * 100
         for later in range(step + 1, 3):
             run.step(later, METRICS, SECONDS)
         if step < 2:

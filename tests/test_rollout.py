@@ -120,7 +120,7 @@ def test_row_scaled_nvfp4_makes_an_image_independent_of_its_micro_batch():
             for part in (seeds, seeds[:8], seeds[8:16], seeds[16:])
         )
         change[precision] = (whole - torch.cat(parts)).abs().mean()
-    # 0 where a BF16 matmul sums alike for any number of rows, as on the CPU it was written on.
+    # 0 where a matmul sums alike for any number of rows.
     assert change["nvfp4_row"] < change["nvfp4"] / 5
 
 
@@ -140,7 +140,10 @@ def test_a_copy_is_the_base_and_synced_with_a_policy_it_is_that_policy(name):
     base = {name: p.clone() for name, p in transformer.named_parameters() if "lora" not in name}
     for adapter in ("old", "default"):
         sync(merged, transformer, adapter)
-        assert torch.allclose(velocity(merged), velocity(transformer, adapter), atol=1e-4)
+        away = (velocity(merged) - velocity(transformer, adapter)).norm()
+        others = {"old": "default", "default": "old"}[adapter]
+        apart = (velocity(transformer, others) - velocity(transformer, adapter)).norm()
+        assert away < apart / 10  # the merged weights are rounded to BF16
     for name, p in transformer.named_parameters():
         assert "lora" in name or torch.equal(p, base[name])
 

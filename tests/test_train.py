@@ -301,7 +301,7 @@ def test_training_starts_from_a_lora_that_training_wrote(name, tmp_path, capsys)
         loaded = get_peft_model_state_dict(transformer, adapter_name=adapter)
         assert {f"transformer.{layer}" for layer in loaded} == saved.keys()
         for layer, values in loaded.items():
-            expected = saved[f"transformer.{layer}"].bfloat16().float()
+            expected = saved[f"transformer.{layer}"].to(transformer.dtype).float()
             assert values.dtype == torch.float32 and torch.equal(values, expected)
 
     capsys.readouterr()
