@@ -1,13 +1,12 @@
-"""Rollout: noise from seeds, the ODE sampler, a pool of candidates, and the copies of the old
-policy that draw them, in FP4 and in BF16 (paper, steps 1 and 3).
+"""Rollout: noise from seeds, the ODE sampler, candidates, and the copies of the old policy that
+draw them, in FP4 and in BF16 (paper, steps 1 and 3).
 
 Sampling is a deterministic ODE without guidance, so a seed determines an image: the NVFP4 explorer
 and the BF16 policy start from the same noise and end close to each other.
 
-In NVFP4 every activation tensor has one global scale, so the images of a micro-batch influence each
-other; in any precision a matmul may sum in another order for another batch. A micro-batch therefore
-holds candidates of one prompt only, in the order of the pool, and its size comes from the options
-alone. The noise never depends on it.
+In NVFP4 every activation tensor has one global scale. Images in a micro-batch share it, so they
+affect each other. A micro-batch therefore holds candidates of one prompt only, in the order of the
+pool, and its size comes from the options alone. The noise never depends on it.
 """
 
 import copy
@@ -31,6 +30,18 @@ def candidate_seeds(run_seed, step, prompt_index, n):
     return [int(s >> np.uint64(1)) for s in state]
 
 
+def generator(word, *numbers):
+    """A torch.Generator on the CPU that follows from a word, which says what its random numbers are
+    for, and integers >= 0, such as (run seed, step, prompt's index)."""
+    state = np.random.SeedSequence((*word.encode(), *numbers)).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
+
+
+def evaluation_seeds(prompt_index, n):
+    """n seeds for one held-out prompt, the same in every run."""
+    return torch.randint(2**62, (n,), generator=generator("evaluate", prompt_index)).tolist()
+
+
 def seed_globals(seed):
     """Seed the global generators, which only a user's reward may use."""
     random.seed(seed)
@@ -52,14 +63,15 @@ def initial_noise(seeds, shape):
 def sample(model, transformer, text, noise, steps):
     """x_0, float32 (n, c, h, w), from noise of that shape, by the model's solver.
 
-    text: models.Text of n rows, on the transformer's device. From the same noise, diffusers' own
-    pipeline gives the same x_0.
+    text: models.Text of n rows, or of one row for all, on the transformer's device. From the same
+    noise, diffusers' own pipeline gives the same x_0.
     """
     scheduler = model.scheduler(steps)
     x = noise.to(text.embeds.device)
     for timestep in scheduler.timesteps:
         t = timestep.double() / 1000  # in float64, 1000 t is the scheduler's timestep again
         v = model.velocity(transformer, x, t.expand(len(x)), text)
+        # Euler: x <- x + (t_next - t) v. The DPM solver also uses the v of the step before.
         x = scheduler.step(v, timestep, x, return_dict=False)[0]
     return x
 
@@ -69,20 +81,27 @@ def sampling_times(model, steps):
     return model.scheduler(steps).timesteps.float() / 1000
 
 
+def draw(model, transformer, text, seeds, steps):
+    """Draw a micro-batch: (latents, float32 (n, c, h, w); images, float32 (n, 3, H, W) in [0, 1]).
+    text: models.Text of n rows, or of one row for all."""
+    noise = initial_noise(seeds, model.latent_shape)
+    latents = sample(model, transformer, text, noise, steps)
+    return latents, model.decode(latents)
+
+
 # ---------------------------------------------------------------------------------------------
-# Candidates of a prompt
+# Candidates
 
 
 @dataclasses.dataclass
 class Candidates:
-    """What was drawn for one prompt."""
+    """n seeds and what was drawn from them. Their images are not kept."""
 
-    prompt: int  # index of the training prompt
-    text: models.Text  # the encoded prompt, one row
-    seeds: list  # n seeds; candidate i was drawn from initial_noise of seeds[i]
-    latents: torch.Tensor  # x_0, float32 (n, c, h, w)
-    scores: dict  # reward -> float32 (n,); "weighted_sum" is the sum of raw scores
-    advantages: torch.Tensor = None  # float32 (n,)
+    indices: list  # of each one's prompt; the candidates of a pool share one prompt
+    text: models.Text  # the encoded prompts: one row for all, or a row for each
+    seeds: list  # candidate i was drawn from initial_noise of seeds[i]
+    latents: torch.Tensor = None  # x_0, float32 (n, c, h, w)
+    scores: dict = None  # reward -> float32 (n,); "weighted_sum" is the sum of raw scores
 
     @property
     def rewards(self):
@@ -93,38 +112,18 @@ class Candidates:
         return self.rewards[[self.seeds.index(seed) for seed in seeds]]
 
     def take(self, kept):
-        """The candidates with these indices, in this order."""
+        """The candidates at these places, in this order. All share one text, or none is needed."""
         seeds, latents = [self.seeds[i] for i in kept], self.latents[kept]
         scores = {name: values[kept] for name, values in self.scores.items()}
-        return Candidates(self.prompt, self.text, seeds, latents, scores)
+        return Candidates([self.indices[i] for i in kept], self.text, seeds, latents, scores)
 
 
-def draw(model, transformer, text, seeds, steps):
-    """Draw a micro-batch of candidates of one prompt: (latents, float32 (n, c, h, w); images,
-    float32 (n, 3, H, W) in [0, 1]). text: models.Text of one row."""
-    noise = initial_noise(seeds, model.latent_shape)
-    latents = sample(model, transformer, text.take([0] * len(noise)), noise, steps)
-    return latents, model.decode(latents)
-
-
-def draw_and_score(model, transformer, text, seeds, steps, micro_batch, score):
-    """Draw one prompt's candidates and score them: (latents, {reward: (n,)}).
-
-    Images are not kept, so a pool needs the memory of one micro-batch of them. score: a function
-    (seeds, latents, images) of a micro-batch that returns {reward: float32 (n,)}.
-    """
-    latents, scores = [], []
-    for start in range(0, len(seeds), micro_batch):
-        batch_seeds = seeds[start : start + micro_batch]
-        batch_latents, images = draw(model, transformer, text, batch_seeds, steps)
-        scores.append(score(batch_seeds, batch_latents, images))
-        latents.append(batch_latents)
-    return torch.cat(latents), join_scores(scores)
-
-
-def join_scores(scores):
-    """{reward: (n,)} of several micro-batches -> of all of them."""
-    return {name: torch.cat([part[name] for part in scores]) for name in scores[0]}
+def join(parts):
+    """The Candidates of several micro-batches, with the text of the first -> of all of them."""
+    indices, seeds = ([i for part in parts for i in getattr(part, n)] for n in ("indices", "seeds"))
+    latents = torch.cat([part.latents for part in parts])
+    scores = {name: torch.cat([part.scores[name] for part in parts]) for name in parts[0].scores}
+    return Candidates(indices, parts[0].text, seeds, latents, scores)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -136,21 +135,26 @@ def make_copy(model, precision, skip=(), min_dim=0):
     Arguments and rows are those of quant.quantize_linears; in "bf16" no layer is quantized.
 
     Weights that are not quantized are shared with the transformer, except that `sync` gives the
-    layers that LoRA adapts weights of their own. So a BF16 copy needs memory for those alone. Make
-    copies before LoRA is added, and `sync` a copy before it draws."""
+    layers that LoRA adapts weights of their own. So a BF16 copy needs memory for those alone. The
+    copy has the base model's weights until `sync` gives it a policy's."""
     tensors = (*model.transformer.parameters(), *model.transformer.buffers())
     merged = copy.deepcopy(model.transformer, {id(tensor): tensor for tensor in tensors})
+    for name, layer in models.lora_layers(merged):
+        parent, _, child = name.rpartition(".")
+        setattr(merged.get_submodule(parent), child, layer.get_base_layer())
     return merged, quant.quantize_linears(merged, precision, skip, min_dim)
 
 
 @torch.no_grad()
 def sync(merged, transformer, adapter):
-    """Give a copy the weights of a policy: base and LoRA, merged in float32, rounded to BF16 (in a
-    model that computes in float32, too) and then, where the copy's layer is quantized, quantized.
-    """
+    """Give a copy the weights of a policy, a LoRA adapter or "base". Base and LoRA are merged in
+    float32, rounded to BF16 (in a model that computes in float32, too) and then, where the copy's
+    layer is quantized, quantized."""
     for name, layer in models.lora_layers(transformer):
         base = layer.get_base_layer().weight
-        weight = base.float() + layer.get_delta_weight(adapter).float()
+        weight = base.float()
+        if adapter != "base":
+            weight = weight + layer.get_delta_weight(adapter).float()
         weight = weight.to(torch.bfloat16).to(base.dtype)
         copied_layer = merged.get_submodule(name)
         if isinstance(copied_layer, quant.QuantizedLinear):

@@ -1,89 +1,67 @@
 """Sol-RL: explore in FP4, train in BF16 (arXiv 2604.06916).
 
-    python train.py --model sana              # the tiny SANA, a few minutes on a laptop; flux, sd3
+    python train.py --model sana              # the tiny SANA, two minutes on a laptop; flux, sd3
     torchrun --nproc_per_node=8 train.py ...  # on 8 GPUs
-    python train.py --help                    # every option and its default
 
-One iteration; steps 1 to 3 are for each of P prompts:
-    1. Explore      the NVFP4 copy of the old policy draws N seeds in few steps; they are scored
-    2. Select       the K / 2 best and the K / 2 worst seeds; the FP4 images are thrown away
-    3. Regenerate   the BF16 copy of the old policy draws K images from the noise of these seeds in
-                    more steps; they are scored again
-    4. Update       advantages from the BF16 rewards; the DiffusionNFT loss on these K images, in
-                    BF16 with LoRA; one optimizer step for all prompts; then the old policy and
-                    the EMA follow the policy
+One iteration. Steps 1 to 3 are done for each of P prompts, and in them the old policy draws.
+    1. Explore      an NVFP4 copy of it draws N images, one per seed, in few steps; proxy rewards
+    2. Select       keep the seeds of the K / 2 best and the K / 2 worst; the images are thrown away
+    3. Regenerate   a BF16 copy draws K images x_0 from the noise of these seeds; rewards R
+    4. Update       advantages A from R alone; one optimizer step on the DiffusionNFT loss of all
+                    P K images (BF16 with LoRA); the old policy and the EMA follow the policy
 
 Symbols, the same in every file
     x_0, x_t, noise   a sample, (1 - t) x_0 + t noise, standard normal noise; (n, c, h, w)
     t                 time in [0, 1]; 1 is noise
     v, v_old, v_ref   velocity (noise - x_0) by the policy, the old policy, the base model
     R, A, r           reward; advantage; A mapped to [0, 1], as the loss uses it
-    N, K, P           pool (96), kept (24), prompts per iteration (48)
     beta, kl          policy mix (Config.nft_beta), weight of the KL term against the base model
-    eta               old <- eta * old + (1 - eta) * policy after each iteration
+    eta               old <- eta old + (1 - eta) policy after each iteration
 
-Four policies share one network: the base model, and three LoRA adapters on it. The policy
-("default") learns, the old policy ("old") draws, the EMA ("ema") is evaluated and saved. Images are
-drawn by copies of the network with the LoRA of the old policy (or the EMA) merged into the weights.
-A CPU without fast BF16 computes with the same BF16 weights in float32 (docs/precision.md).
-With --low_memory the network itself draws those in BF16.
+Four policies share one network: the frozen base model and three LoRA adapters on it. The policy
+("default") learns, the old policy ("old") draws, the EMA ("ema") is evaluated and saved.
 
-Departures. The authors' code is the authority where it differs from the paper's text; there, too,
-the old policy draws.
- 1. Quantized layers. Authors: q, k and v are one layer, SANA's feed-forward is linear layers. Here:
-    diffusers' layout, where q, k and v are apart and that feed-forward is 1x1 convolutions, which
-    count as linear layers. The k and v of SANA's cross-attention are then too small for the paper's
-    rule (Config.min_dim) and stay in BF16.
- 2. FP4. Authors: Transformer Engine's DelayedScaling with E2M1, which runs FP8. Here:
-    NVFP4BlockScaling.
- 3. SD3.5's times. Authors: spaced down to nearly 0; the last of 10 is .009, where an image hardly
-    changes. Here: the last is .25.
- 4. The LoRA in the update of FLUX.1 and SD3.5. Authors: under BF16 autocast. Here, as for SANA in
-    both: float32 between BF16 layers. (Float32 matmuls use TF32 on a GPU.)
- 5. The autoencoders of FLUX.1 and SD3.5. Authors: float32 under autocast. Here: BF16.
- 6. CLIPScore's picture. Authors: resized in floating point, bilinear. Here: to 8 bits, bicubic, as
-    CLIP was trained.
- 7. SANA's text. Authors: padded to 300 tokens. Here: to the longest prompt of the step; padding is
-    masked in both.
- 8. Evaluation. Authors: one image a prompt, the first GPU's share of the prompts, for SANA by a
-    stochastic solver. Here: two images, all held-out prompts, the solver of the rollout.
- 9. The tiny models have settings of their own (TINY_DEFAULTS in support/options.py).
+Departures from the authors' code that change figures (docs/models.md lists all of them)
+ 1. FP4 is NVFP4 (NVFP4BlockScaling). The authors' recipe, DelayedScaling with E2M1, runs FP8.
+ 2. SD3.5's last sampling time of 10 is .25. Theirs is .009, where an image hardly changes.
+ 3. The tiny models have settings of their own (TINY_DEFAULTS).
 """
-
-import sys
-from pathlib import Path
-
-from support.options import answer_at_once
-
-if __name__ == "__main__":
-    answer_at_once(sys.argv[1:], __doc__)  # --help and wrong options, before torch is loaded
 
 import dataclasses
 import importlib.util
+import sys
 from collections import Counter
+from functools import partial
+from pathlib import Path
 from typing import NamedTuple
+
+from support import checkpoint, distributed, models, world  # before torch: support prepares OpenMP
+
+# isort: split
 
 import torch
 
 import quant
 import rollout
-from reward import build_reward, read_spec
-from support import checkpoint, distributed, models, world
+from reward import Reward, build_reward
 from support.clock import Clock
 from support.distributed import say
-from support.errors import InputError, NonFinite, Stopped, check_finite, exit_code, require
-from support.options import parse
+from support.errors import Stopped, check_finite, exit_code, require
+from support.options import constant, option, parse
 from support.prompts import split_prompts
-from support.report import Report, reward_metrics
+from support.report import UPDATE_COST, Report, reward_metrics
 
 # `import select` may give the standard library's module of that name: load ours by its path.
 _spec = importlib.util.spec_from_file_location("selection", Path(__file__).with_name("select.py"))
 selection = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(selection)
 
+# ---------------------------------------------------------------------------------------------
+# Algorithms and options
+
 
 class Stage(NamedTuple):
-    """A rollout of the old policy: the first stage draws the pool; a later stage draws the seeds
+    """A rollout of the old policy. The first stage draws the pool; a later stage draws the seeds
     that the stage before it kept."""
 
     name: str  # in the log
@@ -107,36 +85,85 @@ ALGORITHMS = {
     "diffusionnft": lambda c: (c.keep, [Stage("explore", "bf16", c.rollout_steps, c.keep)]),
 }
 
-# For the progress bar: an (image, time) pair of the update takes about as long as this many
-# evaluations of the network in a rollout. Three are forward and one backward, which counts twice.
-UPDATE_COST = 5
 
-# Numbers that candidate_seeds gets in the place of a step or a prompt, which are never this large.
-UPDATE, EVALUATION, ORDER = 2**32 - 1, 2**32 - 2, 2**32 - 3
+@dataclasses.dataclass
+class Config:
+    """Everything that can be set, with the paper's values. `option` makes an option of the command
+    line; `constant` is changed here. What differs by model is in `paper` of its class."""
 
+    model: str = option("sana", "SANA, FLUX.1 or Stable Diffusion 3.5", models.MODELS)
+    algorithm: str = option("sol_rl", "the paper's rollout families", ALGORITHMS)
+    pretrained: str = option(
+        "", "diffusers folder or hub id; without a value: the published model", optional="published"
+    )
+    lora: str = option("", "a LoRA in diffusers' format to start from: a folder, file or hub id")
+    reward: str = option("clipscore", "NAME, NAME:WEIGHT,NAME:WEIGHT or path/to/file.py:function")
+    eval_rewards: str = option("", "rewards that are only measured, on the held-out prompts")
+    prompts: str = option("", "file with one prompt per line, or .jsonl with 'prompt' and metadata")
+    eval_prompts: str = option("", "file of held-out prompts; else every tenth prompt, at most 64")
+    resolution: int = option(1024, "side of the images in pixels")
+
+    steps: int = option(300, "iterations, with one optimizer step each")
+    prompts_per_step: int = option(48, "P, prompts per iteration")
+    pool: int = option(96, "N, candidates explored per prompt")
+    keep: int = option(24, "K, candidates trained on per prompt; an even number")
+    select: str = option("best_worst", "the rule that keeps K of N", selection.RULES)
+    precision: str = option("nvfp4", "in which the pool is explored", quant.PRECISIONS)
+    min_dim: int = constant(0)  # layers with max(inputs, outputs) up to this stay in BF16
+    explore_steps: int = option(6, "sampling steps when exploring")
+    rollout_steps: int = option(10, "sampling steps of the images that are trained on")
+    eval_steps: int = option(40, "sampling steps when evaluating")
+    eval_every: int = option(20, "iterations between evaluations")
+    eval_images: int = constant(2)  # per held-out prompt
+    micro_batch: int = option(24, "images drawn at once")
+
+    learning_rate: float = option(3e-4, "learning rate of AdamW")
+    max_grad_norm: float = option(1.0, "the gradient is clipped to this norm")
+    lora_rank: int = option(32, "rank of the LoRA; a new one's alpha is twice that")
+    kl: float = option(1e-4, "weight of the KL term against the base model")
+    train_micro_batch: int = option(16, "(image, time) pairs trained on at once")
+    gradient_checkpointing: bool = option(True, "less memory, more time in the update")
+    timestep_fraction: float = constant(0.6)  # share of the sampling times trained per image
+    nft_beta: float = constant(1.0)  # beta of the NFT loss, the policy mix
+    advantage_std: str = constant("all")  # std of the advantages over "all" rewards or a "prompt"'s
+    adv_clip: float = constant(5.0)  # advantages are clipped to this on both sides
+    ema_decay: float = constant(0.9)  # largest decay of the EMA
+
+    seed: int = option(0, "every random number of the run follows from it")
+    output_dir: str = option("", "the run's folder; default: runs/MODEL_ALGORITHM_TIME")
+    checkpoint_every: int = option(5, "iterations between checkpoints")
+    resume: str = option("", "a run's folder to continue, or latest: the newest run in runs/")
+    device: str = option("auto", "auto, cpu, cuda or cuda:N")
+    report_to: str = option("none", "where metrics also go", ("none", "tensorboard", "wandb"))
+
+
+TINY_DEFAULTS = dict(resolution=32, steps=40, prompts_per_step=2, eval_steps=20, eval_every=10)
+TINY_DEFAULTS |= dict(micro_batch=96, train_micro_batch=144, gradient_checkpointing=False)
+TINY_DEFAULTS |= dict(learning_rate=3e-3, lora_rank=16, min_dim=0, eval_images=4)
 
 # ---------------------------------------------------------------------------------------------
 # Advantages and loss
 
 
 def group_advantages(rewards, adv_clip=5.0, std_over="all"):
-    """A = (R - mean over the prompt's K) / (std + 1e-4), clipped; rewards (P, K) -> (P, K).
+    """A = (R - mean over the prompt's K) / (std + 1e-4), clipped; rewards (P, K) -> float32 (P, K).
 
     std_over: "all" is the paper's, the std of all P * K rewards about their common mean, so that a
     prompt whose candidates hardly differ has small advantages; "prompt" is each prompt's own, as in
-    GRPO. If all rewards of a prompt are equal, rounding of the mean must not give it advantages."""
-    differ = rewards.amax(dim=1, keepdim=True) > rewards.amin(dim=1, keepdim=True)
-    centred = (rewards - rewards.mean(dim=1, keepdim=True)) * differ
+    GRPO. Equal rewards of a prompt give advantages of exactly 0, whatever the mean rounds to."""
+    R = rewards.double()
+    differ = R.amax(dim=1, keepdim=True) > R.amin(dim=1, keepdim=True)
+    centred = (R - R.mean(dim=1, keepdim=True)) * differ
     over = dict(dim=1, keepdim=True) if std_over == "prompt" else {}
-    return (centred / (rewards.std(**over, correction=0) + 1e-4)).clamp(-adv_clip, adv_clip)
+    return (centred / (R.std(**over, correction=0) + 1e-4)).clamp(-adv_clip, adv_clip).float()
 
 
 def nft_loss(v, v_old, v_ref, x_t, x_0, t, advantages, beta=1.0, adv_clip=5.0, kl=1e-4):
     """The DiffusionNFT loss (arXiv 2509.16117) with Sol-RL's self-normalized weights w. All tensors
     are (B, ...) but t and advantages, (B,). Returns (scalar loss, dict of detached scalar metrics).
 
-    Gradients flow through v alone. At v = v_old the value does not depend on the advantages, but
-    the gradient does, as 2 r - 1.
+    Gradients flow through v alone. At v = v_old only the gradient depends on A, not the value; it
+    is proportional to 2 r - 1.
     """
     v_old, v_ref = v_old.detach(), v_ref.detach()
     t = t.reshape(-1, *[1] * (x_0.dim() - 1))
@@ -165,184 +192,164 @@ def nft_loss(v, v_old, v_ref, x_t, x_0, t, advantages, beta=1.0, adv_clip=5.0, k
 def iteration(run, step):
     """One iteration of the algorithm. Returns its metrics and, for the picture, the Candidates of
     this process's first prompt that each stage kept."""
-    c, transformer = run.config, run.model.transformer
+    c, model = run.config, run.model
     select = selection.RULES[c.select]
-
-    # Sync: the copies that draw get the weights of the old policy, merged with its LoRA; the
-    # explorer's are quantized.
-    prompts = run.prompts_of(step)
+    indices = step_prompts(c, len(run.train.prompts), step)
     with run.clock("prepare"):
-        for merged in run.copies.values():
-            rollout.sync(merged, transformer, "old")
-        texts = run.model.encode([run.train.prompts[prompt] for prompt in prompts])
+        texts = model.encode([run.train.prompts[index] for index in indices])
+        for copy in run.copies.values():
+            rollout.sync(copy, model.transformer, "old")
 
-    samples, proxies, shown = [], [], None
-    for i, prompt in distributed.mine(list(enumerate(prompts))):
-        text = texts.take(i).to(c.device)
-        seeds = rollout.candidate_seeds(c.seed, step, prompt, run.num_candidates)
-        kept = []
+    drawn = []  # of each prompt, the Candidates that each stage kept
+    for i, index in distributed.mine(list(enumerate(indices))):
+        seeds = rollout.candidate_seeds(c.seed, step, index, run.num_candidates)
+        text, kept = texts.take(i).to(c.device), []
         for stage in run.stages:
-            # Explore or regenerate: the old policy draws these seeds, quantized or in BF16.
-            with models.policy(transformer, "old"):
-                candidates = run.rollout(stage, prompt, text, seeds)
-
-            # Select: the next stage gets only the seeds of the kept candidates.
+            # Explore or regenerate: the old policy's copy in this precision draws these seeds.
+            copy, prompts = run.copies[stage.precision], [index] * len(seeds)
+            candidates = draw(run, stage.name, copy, prompts, text, seeds, stage.steps)
+            # Select: nothing but the seeds reaches the next stage.
             if stage.num_kept:
                 candidates = candidates.take(select(candidates.rewards, stage.num_kept))
             seeds = candidates.seeds
             kept.append(candidates)
-        samples.append(candidates)  # of the last stage
-        proxies.append(kept[0].rewards_of(seeds))
-        shown = shown or kept
+        drawn.append(kept)
 
-    # Advantages: from the rewards of the last stage, whose candidates are trained on.
-    scores = distributed.gather([candidates.scores for candidates in samples])
-    rewards = {name: torch.stack([part[name] for part in scores]) for name in scores[0]}  # (P, K)
-    advantages = group_advantages(rewards["weighted_sum"], c.adv_clip, c.advantage_std)
-    for candidates, row in zip(samples, distributed.mine(advantages)):
-        candidates.advantages = row
+    # Advantages from the rewards of the last stage alone, over the prompts of all processes. The
+    # proxy, which is the first stage's reward of the same seeds, is only logged.
+    scores = [kept[-1].scores | {"proxy": kept[0].rewards_of(kept[-1].seeds)} for kept in drawn]
+    scores = distributed.gather(scores)
+    rewards = torch.stack([of_prompt["weighted_sum"] for of_prompt in scores])  # (P, K)
+    advantages = distributed.mine(group_advantages(rewards, c.adv_clip, c.advantage_std))
 
-    # Update the policy; then the old policy and the EMA follow it.
     with run.clock("train"):
-        metrics = update(run, samples, step)
+        metrics = update(run, [kept[-1] for kept in drawn], advantages, step)
         s = step + 1  # the paper counts from 1
-        models.follow(transformer, "old", eta=min(0.001 * s, 0.5))
-        models.follow(transformer, "ema", eta=min((1 + s) / (10 + s), c.ema_decay))
-
-    proxies = distributed.gather(proxies)
-    metrics |= reward_metrics(proxies, rewards, selection.rank_fidelity)
-    return metrics, shown
+        models.follow(model.transformer, "old", eta=min(0.001 * s, 0.5))
+        models.follow(model.transformer, "ema", eta=min((1 + s) / (10 + s), c.ema_decay))
+    return metrics | reward_metrics(scores, selection.rank_fidelity), drawn[0]
 
 
-def update(run, samples, step):
-    """One optimizer step on the mean NFT loss over all (sample, time) pairs. samples: a list of
-    Candidates with advantages, of this process's prompts. Returns metrics."""
+def update(run, samples, advantages, step):
+    """One optimizer step on the mean NFT loss over all (sample, time) pairs. Returns metrics.
+
+    samples: the Candidates of each prompt of this process; advantages: theirs, (K,) each. Another
+    update rule takes the place of `pairs_loss`; another optimizer that of AdamW in Run."""
     c, model = run.config, run.model
     policy = models.lora_parameters(model.transformer, "default")
-    num_samples = sum(distributed.gather([len(candidates.seeds) for candidates in samples]))
-    sizes = [p.numel() for p in policy]
-    gradient = torch.zeros(sum(sizes), dtype=torch.float64, device=c.device)
-    metrics = []
-    for candidates, pairs in zip(samples, training_pairs(c, model, step)):
-        prompt, sums = run.train.prompts[candidates.prompt], Counter()
-        for rows, t, seeds in pairs:  # a micro-batch of (sample, time) pairs, each with fresh noise
-            noise = rollout.initial_noise(seeds, model.latent_shape).to(c.device)
-            x_0, advantages = candidates.latents[rows], candidates.advantages[rows].to(c.device)
-            share = len(rows) / (num_samples * num_timesteps(c))
+    num_pairs = c.prompts_per_step * c.keep * num_timesteps(c)
+    totals = Counter()
+    for candidates, A in zip(samples, advantages):
+        for chosen, t, noise in training_pairs(c, model, candidates, step):
+            x_0, share = candidates.latents[chosen], len(chosen) / num_pairs
             with models.attention_for_training(c.device):
-                loss, values = pairs_loss(
-                    c, model, candidates.text, x_0, noise, t.to(c.device), advantages
-                )
+                pairs = candidates.text, x_0, noise, t, A[chosen].to(c.device)
+                loss, values = pairs_loss(c, model, *pairs)
                 (loss * share).backward()
             norm = torch.nn.utils.get_total_norm([p.grad for p in policy])
-            run.guard("update", [prompt], seeds, loss=loss[None], gradient=norm[None])
-            run.advance(UPDATE_COST * len(rows))
+            sample = [run.train.prompts[candidates.indices[0]]], [candidates.seeds[chosen[0]]]
+            check_finite("update", *sample, loss=loss[None], gradient=norm[None])
+            run.stop_flag.check()
+            run.advance(UPDATE_COST * len(chosen))
             for name, value in values.items():
-                sums[name] += float(value) * share
-        metrics.append(sums)
-        # In float64, so that the sum is the same however prompts are shared out over processes.
-        gradient += torch.cat([p.grad.flatten() for p in policy])
-        run.optimizer.zero_grad()
-    distributed.total(gradient)
-    for p, summed in zip(policy, gradient.split(sizes)):
-        p.grad = summed.reshape(p.shape).to(p.dtype)
+                totals[name] += float(value) * share
+    for p in policy:
+        distributed.total(p.grad)
     norm = torch.nn.utils.clip_grad_norm_(policy, c.max_grad_norm, error_if_nonfinite=True)
     run.optimizer.step()
     run.optimizer.zero_grad()
-    metrics = distributed.gather(metrics)
-    totals = {name: sum(sums[name] for sums in metrics) for name in metrics[0]}
-    return totals | {"grad_norm": float(norm)}
+    shares = distributed.gather([totals])
+    return {name: sum(s[name] for s in shares) for name in totals} | {"grad_norm": float(norm)}
 
 
-def pairs_loss(config, model, text, x_0, noise, t, advantages):
+def pairs_loss(c, model, text, x_0, noise, t, advantages):
     """nft_loss of a micro-batch of B (sample, time) pairs of one prompt.
 
     text: models.Text of one row; x_0, noise: (B, c, h, w); t, advantages: (B,); all on the model's
     device."""
-    transformer, text = model.transformer, text.take([0] * len(x_0))
+    transformer = model.transformer
     x_t = torch.lerp(x_0, noise, t[:, None, None, None])  # (1 - t) x_0 + t noise
     with torch.no_grad(), models.policy(transformer, "old"):
         v_old = model.velocity(transformer, x_t, t, text)
     with torch.no_grad(), models.policy(transformer, "base"):
         v_ref = model.velocity(transformer, x_t, t, text)
     v = model.velocity(transformer, x_t, t, text)
-    settings = config.nft_beta, config.adv_clip, config.kl
-    return nft_loss(v, v_old, v_ref, x_t, x_0, t, advantages, *settings)
+    return nft_loss(v, v_old, v_ref, x_t, x_0, t, advantages, c.nft_beta, c.adv_clip, c.kl)
 
 
-def num_timesteps(config):
+def num_timesteps(c):
     """The number of sampling times at which each sample is trained."""
-    return max(1, int(config.timestep_fraction * config.rollout_steps))
+    return max(1, int(c.timestep_fraction * c.rollout_steps))
 
 
-def training_pairs(config, model, step):
-    """For each prompt of this process, its micro-batches of (sample, time) pairs: (indices of the
-    prompt's samples, times t (n,), seeds of the noise). Each sample has a random choice of the
-    sampling times without repetition, and noise of its own for each."""
-    c, num_samples = config, config.prompts_per_step * config.keep
+def training_pairs(c, model, candidates, step):
+    """Micro-batches of a prompt's (sample, time) pairs: (indices of the samples (B,), times t (B,),
+    noise (B, c, h, w)). Each sample is trained at a random choice of the sampling times, without
+    repetition, each with fresh noise. The numbers follow from run seed, step and prompt."""
     times, n = rollout.sampling_times(model, c.rollout_steps), num_timesteps(c)
-    first, *seeds = rollout.candidate_seeds(c.seed, step, UPDATE, 1 + num_samples * n)
-    generator = torch.Generator().manual_seed(first)
-    chosen = torch.rand(num_samples, len(times), generator=generator).argsort(dim=1)[:, :n]
-    seeds = torch.tensor(seeds).reshape(num_samples, n)
-    for prompt in distributed.mine(range(c.prompts_per_step)):
-        of_prompt = slice(prompt * c.keep, (prompt + 1) * c.keep)
-        rows = torch.arange(c.keep).repeat_interleave(n)
-        pairs = rows, times[chosen[of_prompt]].flatten(), seeds[of_prompt].flatten()
-        micro_batches = zip(*(part.split(c.train_micro_batch) for part in pairs))
-        yield [(i, t, noise_seeds.tolist()) for i, t, noise_seeds in micro_batches]
+    g = rollout.generator("update", c.seed, step, candidates.indices[0])
+    places = torch.rand(len(candidates.seeds), len(times), generator=g).argsort(dim=1)[:, :n]
+    chosen, t = torch.arange(len(places)).repeat_interleave(n), times[places].flatten()
+    noise = torch.randn(len(chosen), *model.latent_shape, generator=g)
+    for part in zip(*(pairs.split(c.train_micro_batch) for pairs in (chosen, t, noise))):
+        yield part[0], part[1].to(c.device), part[2].to(c.device)
+
+
+def step_prompts(c, num_prompts, step):
+    """Indices of the P training prompts of a step. The prompts are shuffled for each epoch; the
+    rest of an epoch that does not fill a step is dropped."""
+    epoch, place = divmod(step, num_prompts // c.prompts_per_step)
+    order = torch.randperm(num_prompts, generator=rollout.generator("order", c.seed, epoch))
+    return order[place * c.prompts_per_step :][: c.prompts_per_step].tolist()
+
+
+def draw(run, stage, network, indices, text, seeds, steps):
+    """Draw images with `network` and score them, one micro-batch after the other: Candidates.
+
+    stage: "evaluate" or the name of a Stage; indices: of each seed's prompt among the held-out or
+    the training prompts; text: models.Text of one row for all seeds, or of a row for each."""
+    evaluating, size, parts = stage == "evaluate", run.config.micro_batch, []
+    prompts, reward = (run.held_out, run.eval_reward) if evaluating else (run.train, run.reward)
+    for batch in [slice(i, i + size) for i in range(0, len(seeds), size)]:
+        rows = text if len(text.embeds) == 1 else text.take(range(len(seeds))[batch])
+        part = rollout.Candidates(indices[batch], rows, seeds[batch])
+        rollout.seed_globals(part.seeds[0])
+        with run.clock(stage):
+            part.latents, images = rollout.draw(run.model, network, part.text, part.seeds, steps)
+        texts = [prompts.prompts[i] for i in part.indices]
+        metadata = [prompts.metadata[i] for i in part.indices]
+        check_finite(stage, texts, part.seeds, latents=part.latents, images=images)
+        with run.clock("evaluate" if evaluating else "reward"):
+            part.scores = reward.scores(images, texts, metadata)
+        named = {f"reward {name}": values for name, values in part.scores.items()}
+        check_finite(stage, texts, part.seeds, **named)
+        run.stop_flag.check()
+        run.advance(len(part.seeds) * steps)
+        parts.append(part)
+    return rollout.join(parts)
+
+
+# ---------------------------------------------------------------------------------------------
+# Evaluation
 
 
 def evaluate(run):
-    """{reward, "accuracy" or "clear": list of its means on each held-out prompt}, for images that
-    the EMA policy draws in BF16, from noise that is the same in every run."""
+    """The Candidates of all held-out prompts, eval_images of each, side by side. The BF16 copy
+    draws them with the EMA's weights, from noise that is the same in every run. Their scores are
+    the reward, --eval_rewards and, for the tiny models, "accuracy" and "clear"."""
     c, n = run.config, len(run.held_out.prompts)
-    rows = [i for i in range(n) for _ in range(c.eval_images)]
-    seeds = [s for i in range(n) for s in rollout.candidate_seeds(0, EVALUATION, i, c.eval_images)]
-    scores = []
-    with models.policy(run.model.transformer, "ema") as transformer, run.clock("evaluate"):
-        if not c.low_memory:
-            rollout.sync(run.copies["bf16"], transformer, "ema")
-        texts = run.model.encode(run.held_out.prompts)
-        for i in distributed.mine(range(0, len(rows), c.micro_batch)):
+    indices = [i for i in range(n) for _ in range(c.eval_images)]
+    seeds = [seed for i in range(n) for seed in rollout.evaluation_seeds(i, c.eval_images)]
+    with run.clock("evaluate"):
+        rollout.sync(run.copies["bf16"], run.model.transformer, "ema")
+        texts, parts = run.model.encode(run.held_out.prompts), []
+        for i in distributed.mine(range(0, len(seeds), c.micro_batch)):
             batch = slice(i, i + c.micro_batch)
-            _, batch_scores = draw_held_out(
-                run, run.networks["bf16"], texts, rows[batch], seeds[batch]
-            )
-            scores.append(batch_scores)
-            run.advance(len(rows[batch]) * c.eval_steps)
-    scores = rollout.join_scores(distributed.gather(scores))
-    return {name: v.reshape(n, -1).mean(dim=1).tolist() for name, v in scores.items()}
-
-
-def before_after(run):
-    """(At most 8 held-out prompts; a row (label, images, scores) of the base model and one of the
-    EMA policy). Both draw the first evaluation image of each prompt; rounding may differ."""
-    c, n = run.config, len(run.held_out.prompts)
-    chosen, pictures = sorted({i * n // 8 for i in range(8)}), []
-    seeds = [rollout.candidate_seeds(0, EVALUATION, i, 1)[0] for i in chosen]
-    texts = run.model.encode(run.held_out.prompts)
-    for label, policy in (("base model", "base"), (f"after {c.steps} steps", "ema")):
-        images, scores = [], []
-        with models.policy(run.model.transformer, policy) as transformer:
-            for i in range(0, len(chosen), c.micro_batch):
-                batch = slice(i, i + c.micro_batch)
-                drawn = draw_held_out(run, transformer, texts, chosen[batch], seeds[batch])
-                images.append(drawn[0])
-                scores.append(drawn[1])
-        pictures.append((label, torch.cat(images), rollout.join_scores(scores)))
-    return [run.held_out.prompts[i] for i in chosen], pictures
-
-
-def draw_held_out(run, network, texts, rows, seeds):
-    """(images, scores) of a micro-batch of held-out prompts, with these indices and seeds. texts:
-    models.Text of all held-out prompts."""
-    rollout.seed_globals(seeds[0])
-    noise = rollout.initial_noise(seeds, run.model.latent_shape)
-    text = texts.take(rows).to(run.config.device)
-    x_0 = rollout.sample(run.model, network, text, noise, run.config.eval_steps)
-    images = run.model.decode(x_0)
-    return images, run.score("evaluate", rows, seeds, x_0, images)
+            text = texts.take(indices[batch]).to(c.device)
+            drawn = indices[batch], text, seeds[batch], c.eval_steps
+            part = draw(run, "evaluate", run.copies["bf16"], *drawn)
+            parts.append(dataclasses.replace(part, text=None, latents=part.latents.cpu()))
+        return rollout.join(distributed.gather(parts))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -350,197 +357,89 @@ def draw_held_out(run, network, texts, rows, seeds):
 
 
 class Run:
-    """What an iteration works with: model, prompts, reward, optimizer, and {precision: the network
-    that draws images in it}, `networks`. These are merged copies of the transformer (`copies`) or,
-    in BF16 with --low_memory, the transformer itself."""
+    """What an iteration works with: prompts, rewards, model, optimizer, and {precision: the merged
+    copy of the transformer that draws in it}, `copies`."""
 
     def __init__(self, config):
         c = self.config = config
         self.clock, self.stop_flag = Clock(c.device), checkpoint.StopFlag()
-        self.num_candidates, self.stages = ALGORITHMS[c.algorithm](c)
         self.advance = lambda work: None  # moves the progress bar; work: in network evaluations
-        self.reward_names = [name for name, *_ in read_spec(c.reward)]
-        eval_parts = read_spec(c.eval_rewards, "--eval_rewards") if c.eval_rewards else []
-        self.eval_reward_names = [name for name, *_ in eval_parts]
-        for name in set(self.reward_names) & set(self.eval_reward_names):
-            raise InputError(f"--eval_rewards {name}: is trained on, so it is measured anyway")
-        N, P = self.num_candidates, c.prompts_per_step
+        self.num_candidates, self.stages = ALGORITHMS[c.algorithm](c)
+        worlds = world.TRAIN_PROMPTS, world.HELD_OUT_PROMPTS
+        self.train, self.held_out, self.notes = split_prompts(c.prompts, c.eval_prompts, *worlds)
+        N, P, n = self.num_candidates, c.prompts_per_step, len(self.train.prompts)
         require(c.keep <= N, f"--keep {c.keep}: must be at most --pool {N}")
-        self.train, self.held_out, self.notes = split_prompts(
-            c.prompts, c.eval_prompts, world.TRAIN_PROMPTS, world.HELD_OUT_PROMPTS
-        )
-        self.notes += c.checkpoint.notes if c.checkpoint else []
-        n = len(self.train.prompts)
         require(P <= n, f"--prompts_per_step {P}: there are {n} training prompts; give at most {n}")
-        folder = models.MODELS[c.model].published if c.pretrained == "published" else c.pretrained
-        if folder:
-            models.check_pretrained(c.model, folder)
+        clip, measured = None if c.pretrained else world.TINY / "clip", []
         with distributed.first_on_its_node():
-            clip = None if folder else world.TINY / "clip"
-            self.reward, self.eval_reward = build_reward(c.reward, c.device, clip), None
+            self.model = models.load(c.model, c.pretrained or None, c.resolution, device=c.device)
+            self.reward = build_reward(c.reward, c.device, clip)
             if c.eval_rewards:
-                self.eval_reward = build_reward(c.eval_rewards, c.device, clip, "--eval_rewards")
-            self.model = models.load(c.model, folder or None, c.resolution, device=c.device)
-        self.model.pipeline_text, self.model.low_memory = c.pipeline_text, c.low_memory
-        captions = world.ATTRIBUTES.keys() >= set(self.held_out.prompts)
-        self.can_judge = captions and not folder and c.resolution == world.SIDE
-        transformer = self.model.transformer
-        for stage, prompts in (("first trial", self.train), ("evaluate", self.held_out)):
-            self.notes += self.model.cut_off(prompts.prompts)
-            # Two images: a model or a reward that fails should fail before anything is written.
-            rows, noise = [0, -1], rollout.initial_noise([0, 1], self.model.latent_shape)
-            text = self.model.encode([prompts.prompts[i] for i in rows]).to(c.device)
-            x_0 = rollout.sample(self.model, transformer, text, noise, 1)
-            try:
-                self.score(stage, rows, [0, 1], x_0, self.model.decode(x_0))
-            except NonFinite as error:
-                raise InputError(f"with the untrained model: {error}") from error
+                measured += build_reward(c.eval_rewards, c.device, clip, "--eval_rewards").parts
+        if not c.pretrained and world.can_judge(self.held_out.prompts, c.resolution):
+            measured += world.JUDGES
+        self.eval_reward = Reward([*self.reward.parts, *((n, 0.0, f) for n, _, f in measured)])
+        self.copies, self.layers, self.backends = {}, [], []
+        for precision in dict.fromkeys(["bf16", *(stage.precision for stage in self.stages)]):
+            skip, min_dim = self.model.keep_bf16, c.min_dim
+            self.copies[precision], rows = rollout.make_copy(self.model, precision, skip, min_dim)
+            if c.pretrained and c.device.startswith("cuda"):
+                self.copies[precision].compile()
+            if precision != "bf16":
+                self.layers += rows
+                quantized = sum(outcome == precision for *_, outcome in rows)
+                _, backend = quant.backend(precision, c.device)
+                self.backends.append(f"explored in {backend}: {quantized} of {len(rows)} layers")
+        if self.model.computes_in == "float32":
+            self.backends.append("BF16 weights, computed in float32: this CPU has no fast BF16")
+        self.notes += self.model.cut_off(self.train.prompts)
         if c.gradient_checkpointing:
-            transformer.enable_gradient_checkpointing()
-        self.copies, self.layers, self.backend = {}, [], "explored in BF16"
-        if not c.low_memory:
-            self.copies["bf16"], _ = rollout.make_copy(self.model, "bf16")
-        for precision in sorted({stage.precision for stage in self.stages} - {"bf16"}):
-            self.copies[precision], layers = rollout.make_copy(
-                self.model, precision, self.model.keep_bf16, c.min_dim
-            )
-            self.layers += layers
-            quantized = sum(outcome == precision for *_, outcome in layers)
-            _, line = quant.backend(precision, c.device)
-            self.backend = f"explored in {line}: {quantized} of {len(layers)} layers"
-        self.bf16 = "bf16" if transformer.dtype == torch.bfloat16 else "float32"
-        if self.bf16 == "float32":
-            self.backend += "; BF16 weights, computed in float32: this CPU has no fast BF16"
+            self.model.transformer.enable_gradient_checkpointing()
         torch.manual_seed(c.seed)
         models.add_lora(self.model, c.lora_rank, 2 * c.lora_rank, c.lora)
-        self.networks = {"bf16": transformer} | self.copies
-        if c.compiled:
-            self.networks = {p: torch.compile(n) for p, n in self.networks.items()}
-        self.policies = {a: models.lora_parameters(transformer, a) for a in models.ADAPTERS}
-        self.optimizer = torch.optim.AdamW(
-            self.policies["default"], lr=c.learning_rate, weight_decay=1e-4
-        )
-
-    def work(self):
-        """This process's network evaluations: (of an iteration, of an evaluation)."""
-        c, drawn = self.config, self.num_candidates
-        of_a_prompt = c.keep * num_timesteps(c) * UPDATE_COST
-        for stage in self.stages:
-            of_a_prompt += drawn * stage.steps
-            drawn = stage.num_kept or drawn
-        prompts = distributed.mine(range(c.prompts_per_step))
-        images = range(len(self.held_out.prompts) * c.eval_images)
-        batches = distributed.mine([images[i : i + c.micro_batch] for i in images[:: c.micro_batch]])
-        return len(prompts) * of_a_prompt, sum(map(len, batches)) * c.eval_steps
-
-    def prompts_of(self, step):
-        """Indices of the P training prompts of a step. The prompts are shuffled for each epoch; the
-        rest of an epoch that does not fill a step is dropped."""
-        P, n = self.config.prompts_per_step, len(self.train.prompts)
-        (seed,) = rollout.candidate_seeds(self.config.seed, step // (n // P), ORDER, 1)
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-        return order[step % (n // P) * P :][:P].tolist()
-
-    def rollout(self, stage, prompt, text, seeds):
-        """The Candidates of a training prompt that a stage draws from these seeds."""
-
-        def score(batch_seeds, latents, images):
-            self.advance(len(batch_seeds) * stage.steps)
-            return self.score(stage.name, [prompt] * len(batch_seeds), batch_seeds, latents, images)
-
-        rollout.seed_globals(seeds[0])
-        network, micro_batch = self.networks[stage.precision], self.config.micro_batch
-        with self.clock(stage.name):
-            latents, scores = rollout.draw_and_score(
-                self.model, network, text, seeds, stage.steps, micro_batch, score
-            )
-        return rollout.Candidates(prompt, text, seeds, latents, scores)
-
-    def score(self, stage, rows, seeds, latents, images):
-        """Scores {reward: (n,)} of a micro-batch of images of these prompts; in an evaluation those
-        of --eval_rewards too, and what the tiny world's classifier says."""
-        prompts = self.held_out if stage == "evaluate" else self.train
-        texts, metadata = ([part[i] for i in rows] for part in (prompts.prompts, prompts.metadata))
-        self.guard(stage, texts, seeds, latents=latents, images=images)
-        with self.clock("evaluate" if stage == "evaluate" else "reward"):
-            try:
-                scores = self.reward.scores(images, texts, metadata)
-                if stage == "evaluate" and self.eval_reward:
-                    scores = self.eval_reward.scores(images, texts, metadata) | scores
-                if stage == "evaluate" and self.can_judge:
-                    scores |= world.judge(images, texts)
-            except NonFinite as error:
-                raise NonFinite(error.what, error.prompt, stage, seeds[error.index]) from error
-        return scores
-
-    def guard(self, stage, prompts, seeds, **tensors):
-        """After each micro-batch, before the optimizer moves: raise Stopped if a signal asked for
-        it, and NonFinite if a tensor holds NaN or infinity."""
-        self.stop_flag.check()
-        check_finite(stage, prompts, seeds, **tensors)
-
-
-def parse_options(argv=None):
-    """The command line as a checked Config. Raises InputError."""
-    choices = dict(model=models.MODELS, algorithm=ALGORITHMS, select=selection.RULES)
-    choices["precision"] = quant.PRECISIONS
-    return parse(argv, choices, {name: m.paper for name, m in models.MODELS.items()}, __doc__)
+        parameters = partial(models.lora_parameters, self.model.transformer)
+        self.policies = {adapter: parameters(adapter) for adapter in models.ADAPTERS}
+        self.optimizer = torch.optim.AdamW(parameters("default"), c.learning_rate, weight_decay=1e-4)
 
 
 def train(config):
-    """The whole run, or with --dry_run what it would need. A step in which a signal stops the run,
-    or NaN is found, is thrown away; a resumed run draws it again."""
-    c = config
-    if c.dry_run:
-        from support import dry_run  # here, because it changes PyTorch
-
-        return dry_run.report(c, rollout, pairs_loss, num_timesteps(c))
-    c.output_dir = distributed.gather([c.output_dir])[0]  # its default holds the time
+    """The whole run. A step in which a signal stops the run, or NaN is found, is thrown away; a
+    resumed run draws it again."""
+    c, step = config, 0
     if c.device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")  # TF32
-    run, done, options = Run(c), 0, dataclasses.asdict(c)
-    names = run.reward_names, run.eval_reward_names
-    with run.stop_flag, Report(options, *names, run.work()) as report:
-        run.advance = report.bar.update
-        lines = [
-            f"an iteration: {c.prompts_per_step} prompts x {run.num_candidates} "
-            f"candidates, {c.keep} of each prompt trained on at {num_timesteps(c)} times, one "
-            f"optimizer step; {len(run.train.prompts)} training and {len(run.held_out.prompts)} "
-            f"held-out prompts; guidance is off",
-            f"an evaluation, the first of them now: {c.eval_images} images of each held-out prompt "
-            f"in {c.eval_steps} steps",
-        ]
-        if c.checkpoint:
-            checkpoint.restore(c.checkpoint, run.policies, run.optimizer)
-            done, c.checkpoint = c.checkpoint.step, None  # its tensors are in place
-            report.resume(done)
-        report.begin(run.backend, run.layers, [*lines, *run.notes])
+    run = Run(c)
+    saved = dataclasses.asdict(c)
+    with run.stop_flag, Report(run, saved, num_timesteps(c)) as report:
+        if c.resume:
+            step = checkpoint.restore(c.checkpoint, run.policies, run.optimizer)
+            report.resume(step)
         try:
             while True:
-                last = done == c.steps
-                if (done % c.eval_every == 0 or last) and not report.is_evaluated(done):
-                    scores = evaluate(run)
-                    report.evaluated(done, scores, run.clock.take()["evaluate"])
-                if done % c.checkpoint_every == 0 or last:
-                    checkpoint.save(c.output_dir, done, run.policies, run.optimizer, options)
+                last = step == c.steps
+                if (step % c.eval_every == 0 or last) and not report.is_evaluated(step):
+                    report.evaluated(step, evaluate(run))
+                if step % c.checkpoint_every == 0 or last:
+                    checkpoint.save(c.output_dir, step, run.policies, run.optimizer, saved)
                 if last:
                     break
-                metrics, shown = iteration(run, done)
-                done += 1
-                report.step(done, metrics, run.clock.take())
-                if done % c.eval_every == 0 or done == c.steps:
-                    precisions = [s.precision.replace("bf16", run.bf16) for s in run.stages]
-                    labels = [f"{s.name}, {p}" for s, p in zip(run.stages, precisions)]
-                    prompt = run.train.prompts[shown[0].prompt]
-                    report.picture(done, prompt, list(zip(labels, shown)), run.model.decode)
+                metrics, kept = iteration(run, step)
+                step += 1
+                report.step(step, metrics, kept)
         except Stopped:
-            path = checkpoint.save(c.output_dir, done, run.policies, run.optimizer, options)
-            say(f"stopped after {done} steps; --resume {c.output_dir} continues from {path}")
+            if report.lines:  # before the first evaluation nothing is written
+                path = checkpoint.save(c.output_dir, step, run.policies, run.optimizer, saved)
+                say(f"stopped after {step} steps; --resume {c.output_dir} continues from {path}")
             raise
         if distributed.RANK == 0:
             models.save_lora(run.model, "ema", Path(c.output_dir) / "lora")
-            report.card(run.model, report.finish())
-            report.before_after(*before_after(run))
+            report.finish()
+
+
+def parse_options(argv=None):
+    """The command line (None: the program's own) as a checked Config. Raises InputError."""
+    paper = {name: model.paper for name, model in models.MODELS.items()}
+    return parse(Config, argv, paper, TINY_DEFAULTS)
 
 
 def main(argv=None):

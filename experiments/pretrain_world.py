@@ -4,10 +4,9 @@
     python experiments/pretrain_world.py sana flux  # only these, and what they are built on
     python experiments/pretrain_world.py judge      # the figures by which the models are judged
 
-They are diffusers' and transformers' own classes with small dimensions, in BF16, in folders that
-`from_pretrained` loads. `sana/`, `flux/` and `sd3/` are whole pipelines with a transformer, an
-autoencoder, text encoders, tokenizers and a scheduler of their own. `clip/` is a CLIPModel that
-serves as the reward. `classifier/` judges the pictures, and nothing is trained on what it says.
+They are of diffusers' and transformers' own classes, in BF16, with the sizes and the tokenizers of
+support/tiny. `sana/`, `flux/` and `sd3/` are whole pipelines. `clip/` is a CLIPModel that serves as
+the reward. `classifier/` judges the pictures, and nothing is trained on what it says.
 
 The flow models are trained on captions like those of the web, which are often wrong: each of the
 five attributes is replaced with probability 0.2. So they draw clear shapes that often are not what
@@ -21,64 +20,36 @@ The tiny models differ from real ones in this:
  3. The flow models were never trained without a prompt, so there is no classifier-free guidance.
 
 All parts take about two and a half hours on one core of an AMD EPYC with AVX512-BF16. The tensors
-are so small that a second thread hardly helps. With two cores, make autoencoder_dc and
-autoencoder_kl at the same time, then clip beside classifier and sana, then flux beside sd3.
+are so small that a second thread hardly helps. With two cores, make two parts at the same time.
 """
 
 import argparse
 import itertools
 import json
-import shutil
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-# isort: split
-
-from support import models  # before transformers, which support/__init__.py silences
+from support import models  # before torch, because support prepares OpenMP
 
 # isort: split
 
+import diffusers
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from diffusers import (
-    AutoencoderDC,
-    AutoencoderKL,
-    DiffusionPipeline,
-    DPMSolverMultistepScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-    FluxTransformer2DModel,
-    SanaPipeline,
-    SanaTransformer2DModel,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-)
-from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
-from tokenizers import models as tokenizer_models
+import transformers
+from diffusers import AutoencoderDC, AutoencoderKL
 from tqdm import tqdm
-from transformers import (
-    AutoTokenizer,
-    CLIPConfig,
-    CLIPModel,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    Gemma2Config,
-    Gemma2Model,
-    PreTrainedTokenizerFast,
-    T5Config,
-    T5EncoderModel,
-)
-from transformers.utils import logging as transformers_logging
 
 from reward import build_reward
 from rollout import sample
 from support import world
 from support.preference import clip_pixels
-from support.world import ATTRIBUTES, CAPTIONS, SIDE, TRAIN_PROMPTS, VALUES, Classifier, draw
+from support.world import ATTRIBUTES, CAPTIONS, SIDE, TINY, TRAIN_PROMPTS, VALUES, draw
 
 FOLDER = Path(__file__).parent.parent / "runs" / "tiny"
 PRETRAINING = {  # what is trained -> (training steps, learning rate)
@@ -118,127 +89,105 @@ def degrade(images, generator):
     return spoiled
 
 
-class Builder:
-    """What a part is built with: pictures, random numbers, a training loop and the other parts."""
+def random_pictures(n, generator, captions=TRAIN_PROMPTS):
+    """n random captions and pictures of them, float32 (n, 3, 32, 32) in [0, 1]."""
+    captions = [captions[i] for i in torch.randint(len(captions), (n,), generator=generator)]
+    return captions, draw(captions, generator)
 
-    def __init__(self):
-        self.generator = torch.Generator().manual_seed(0)
 
-    def draw(self, n, captions=TRAIN_PROMPTS):
-        """n random captions and pictures of them, float32 (n, 3, 32, 32) in [0, 1]."""
-        rows = torch.randint(len(captions), (n,), generator=self.generator)
-        captions = [captions[row] for row in rows]
-        return captions, draw(captions, self.generator)
+def fresh(folder):
+    """A module with random weights, of the class and the sizes of the one in support/tiny."""
+    config = json.loads((TINY / folder / "config.json").read_text())
+    if "_class_name" in config:
+        return getattr(diffusers, config["_class_name"]).from_config(config)
+    module_class = getattr(transformers, config["architectures"][0])
+    return module_class(module_class.config_class.from_pretrained(TINY / folder)).eval()
 
-    def randn(self, *shape):
-        return torch.randn(shape, generator=self.generator)
 
-    def train(self, model, loss, part):
-        """Train with AdamW, a warm-up and a linear decay in the last third, for as long and as fast
-        as PRETRAINING says. The model is left with averaged weights, frozen."""
-        steps, learning_rate = PRETRAINING[part]
-        optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.99))
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda i: min((i + 1) / 100, 1.0, 3 * (steps - i) / steps)
-        )
-        average = torch.optim.swa_utils.AveragedModel(
-            model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.995)
-        )
-        for _ in tqdm(range(steps), desc=f"pretraining {part}"):
-            value = loss()
-            optimizer.zero_grad()
-            value.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            average.update_parameters(model)
-        model.load_state_dict(average.module.state_dict())
-        model.eval().requires_grad_(False)
+def pretrain(model, loss, part):
+    """Train with AdamW, a warm-up and a linear decay in the last third, for as long and as fast as
+    PRETRAINING says. The model is left with averaged weights, frozen."""
+    steps, learning_rate = PRETRAINING[part]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda i: min((i + 1) / 100, 1.0, 3 * (steps - i) / steps)
+    )
+    average = torch.optim.swa_utils.AveragedModel(
+        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.995)
+    )
+    for _ in tqdm(range(steps), desc=f"pretraining {part}"):
+        value = loss()
+        optimizer.zero_grad()
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        average.update_parameters(model)
+    model.load_state_dict(average.module.state_dict())
+    model.eval().requires_grad_(False)
 
-    def part(self, name):
-        """The folder of a part, which is built now if it is missing. It is written to a temporary
-        folder and renamed, so it is either complete or absent."""
-        folder = FOLDER / name
-        if folder.is_dir():
-            return folder
-        FOLDER.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=FOLDER, prefix="unfinished-"))
-        try:
-            with torch.random.fork_rng():  # a part is the same, whatever was built before it
-                torch.manual_seed(0)
-                for module in PARTS[name](Builder()):
-                    if isinstance(module, (torch.nn.Module, DiffusionPipeline)):
-                        module.to(dtype=torch.bfloat16)
-                    if isinstance(module, Classifier):
-                        weights = module.state_dict()
-                        safetensors.torch.save_file(weights, temporary / "model.safetensors")
-                    else:
-                        module.save_pretrained(temporary)
-            for path in temporary.rglob("tokenizer.json"):  # without indents, a third of the size
-                path.write_text(json.dumps(json.loads(path.read_text())))
-            temporary.rename(folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+
+def part(name):
+    """The folder of a part, which is built now if it is missing. It is written to a temporary
+    folder and renamed, so it is either complete or absent."""
+    folder = FOLDER / name
+    if folder.is_dir():
         return folder
-
-    def autoencoders(self):
-        return [
-            AutoencoderDC.from_pretrained(self.part("autoencoder_dc"), dtype=torch.float32),
-            AutoencoderKL.from_pretrained(self.part("autoencoder_kl"), dtype=torch.float32),
-        ]
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    # A part is the same, whatever was built before it.
+    with tempfile.TemporaryDirectory(dir=FOLDER) as temporary, torch.random.fork_rng():
+        torch.manual_seed(0)
+        for module in PARTS[name](torch.Generator().manual_seed(0)):
+            if isinstance(module, (torch.nn.Module, diffusers.DiffusionPipeline)):
+                module.to(dtype=torch.bfloat16)
+            if name == "classifier":
+                safetensors.torch.save_file(module.state_dict(), f"{temporary}/model.safetensors")
+            else:
+                module.save_pretrained(temporary)
+        for path in Path(temporary).rglob("tokenizer.json"):  # without indents: a third of the size
+            path.write_text(json.dumps(json.loads(path.read_text())))
+        return Path(temporary).rename(folder)
 
 
 # ---------------------------------------------------------------------------------------------
 # Autoencoders
 
 
-def build_autoencoder_dc(builder):
-    """SANA's autoencoder."""
-    blocks = dict(block_types="ResBlock", block_out_channels=(16, 32, 64))
-    blocks |= dict(layers_per_block=(0, 1, 1), qkv_multiscales=((), (), ()))
-    both = {f"{half}_{key}": v for half in ("encoder", "decoder") for key, v in blocks.items()}
-    vae = AutoencoderDC(latent_channels=8, **both)
+AUTOENCODERS = {  # name -> (class, folder of the shipped one, batch)
+    "autoencoder_dc": (AutoencoderDC, "sana/vae", 64),
+    "autoencoder_kl": (AutoencoderKL, "flux/vae", 32),
+}
+
+
+def build_autoencoder(generator, name):
+    """SANA's autoencoder, or that of FLUX.1 and Stable Diffusion 3.5."""
+    module_class, folder, batch = AUTOENCODERS[name]
+    vae = fresh(folder)
+    if module_class is AutoencoderKL:  # log variances: little noise
+        torch.nn.init.constant_(vae.encoder.conv_out.bias[8:], -6.0)
 
     def loss():
-        x = 2 * builder.draw(64)[1] - 1
-        z = vae.encode(x, return_dict=False)[0]
+        x = 2 * random_pictures(batch, generator)[1] - 1
+        if module_class is AutoencoderDC:
+            z = vae.encode(x, return_dict=False)[0]
+            penalty = 1e-4 * z.square().mean()
+        else:
+            latents = vae.encode(x).latent_dist
+            z, penalty = latents.sample(generator), 1e-6 * latents.kl().mean()
         # Noise on the latents makes the decoder tolerate the errors of the flow model.
-        z = z + 0.03 * z.std().detach() * builder.randn(*z.shape)
+        z = z + 0.03 * z.std().detach() * torch.randn(z.shape, generator=generator)
         y = vae.decode(z, return_dict=False)[0]
-        return F.mse_loss(y, x) + 0.1 * F.l1_loss(y, x) + 1e-4 * z.square().mean()
+        return F.mse_loss(y, x) + 0.1 * F.l1_loss(y, x) + penalty
 
-    builder.train(vae, loss, "autoencoder_dc")
-    with torch.no_grad():
-        scale = 1 / encode_images(vae, 2 * builder.draw(4096)[1] - 1).std()
-        vae.register_to_config(scaling_factor=scale.item())
+    pretrain(vae, loss, name)
+    z = encode_images(vae, 2 * random_pictures(4096, generator)[1] - 1)
+    shift = {} if module_class is AutoencoderDC else dict(shift_factor=z.mean().item())
+    vae.register_to_config(scaling_factor=(1 / z.std()).item(), **shift)
     return [vae]
 
 
-def build_autoencoder_kl(builder):
-    """The autoencoder of FLUX.1 and of Stable Diffusion 3.5."""
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(8, 16, 32),
-        norm_num_groups=2,
-        latent_channels=8,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
-    torch.nn.init.constant_(vae.encoder.conv_out.bias[8:], -6.0)  # log variances: little noise
-
-    def loss():
-        x = 2 * builder.draw(32)[1] - 1
-        latents = vae.encode(x).latent_dist
-        z = latents.sample(builder.generator)
-        z = z + 0.03 * z.std().detach() * builder.randn(*z.shape)
-        y = vae.decode(z, return_dict=False)[0]
-        return F.mse_loss(y, x) + 0.1 * F.l1_loss(y, x) + 1e-6 * latents.kl().mean()
-
-    builder.train(vae, loss, "autoencoder_kl")
-    z = encode_images(vae, 2 * builder.draw(4096)[1] - 1)
-    vae.register_to_config(scaling_factor=(1 / z.std()).item(), shift_factor=z.mean().item())
-    return [vae]
+def autoencoder(name):
+    return AUTOENCODERS[name][0].from_pretrained(part(name), dtype=torch.float32)
 
 
 @torch.no_grad()
@@ -259,7 +208,7 @@ def latents_of(model, images):
 
 
 # ---------------------------------------------------------------------------------------------
-# The reward
+# The reward and the classifier
 
 
 def batch_of_neighbours(neighbours, generator):
@@ -277,38 +226,28 @@ def batch_of_neighbours(neighbours, generator):
 
 
 @torch.no_grad()
-def through_autoencoders(images, autoencoders):
+def through_autoencoders(images, vaes):
     """The images in [0, 1], a quarter of which go through each of the two autoencoders."""
     images = images.clone()
-    for i, vae in enumerate(autoencoders):
+    for i, vae in enumerate(vaes):
         z = encode_images(vae, 2 * images[i::4] - 1)
         images[i::4] = (vae.decode(z, return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
     return images
 
 
-def build_clip(builder):
-    tokenizer = build_tokenizer(CAPTIONS, "<bos> $A <eos>")
-    shared = dict(hidden_size=64, intermediate_size=128, num_attention_heads=2, projection_dim=64)
-    text_config = dict(max_position_embeddings=32, num_hidden_layers=2) | token_ids(tokenizer)
-    vision_config = dict(image_size=SIDE, patch_size=4, num_hidden_layers=4)
-    clip = CLIPModel(
-        CLIPConfig(
-            text_config=shared | text_config,
-            vision_config=shared | vision_config,
-            projection_dim=64,
-        )
-    )
+def build_clip(generator):
+    clip, tokenizer = fresh("clip"), transformers.AutoTokenizer.from_pretrained(TINY / "clip")
     tokens = tokenizer(TRAIN_PROMPTS, padding=True, return_tensors="pt")
-    autoencoders = builder.autoencoders()
+    vaes = [autoencoder(name) for name in AUTOENCODERS]
     rows = torch.tensor([ATTRIBUTES[prompt] for prompt in TRAIN_PROMPTS])
     apart = (rows[:, None] != rows).sum(dim=2) == 1
     neighbours = [row.nonzero().flatten().tolist() for row in apart]
 
     def loss():
-        ids = batch_of_neighbours(neighbours, builder.generator)
-        images = draw([TRAIN_PROMPTS[i] for i in ids], builder.generator)
-        images = through_autoencoders(images, autoencoders)
-        images = torch.cat([images, degrade(images, builder.generator)])
+        ids = batch_of_neighbours(neighbours, generator)
+        images = draw([TRAIN_PROMPTS[i] for i in ids], generator)
+        images = through_autoencoders(images, vaes)
+        images = torch.cat([images, degrade(images, generator)])
         output = clip(
             input_ids=tokens.input_ids[ids],
             attention_mask=tokens.attention_mask[ids],
@@ -319,27 +258,23 @@ def build_clip(builder):
         caption_loss = F.cross_entropy(output.logits_per_text, target)
         return caption_loss + F.cross_entropy(output.logits_per_image[:64], target)
 
-    builder.train(clip, loss, "clip")
+    pretrain(clip, loss, "clip")
     return [clip, tokenizer]
 
 
-# ---------------------------------------------------------------------------------------------
-# The classifier
-
-
-def build_classifier(builder):
+def build_classifier(generator):
     """Of all captions, since it only judges: nothing is trained on what it says."""
-    classifier, autoencoders = Classifier(), builder.autoencoders()
+    classifier, vaes = world.Classifier(), [autoencoder(name) for name in AUTOENCODERS]
 
     def loss():
-        captions, images = builder.draw(64, CAPTIONS)
-        images = through_autoencoders(images, autoencoders)
+        captions, images = random_pictures(64, generator, CAPTIONS)
+        images = through_autoencoders(images, vaes)
         # A quarter are mixtures of two pictures, so that it is not sure of an unclear picture.
-        share = torch.rand(64, generator=builder.generator)
+        share = torch.rand(64, generator=generator)
         share[16:] = 1
         images = torch.lerp(images.roll(1, dims=0), images, share[:, None, None, None])
-        noise = 0.05 * torch.rand(64, 1, 1, 1, generator=builder.generator)
-        images = (images + noise * builder.randn(*images.shape)).clamp(0, 1)
+        noise = 0.05 * torch.rand(64, 1, 1, 1, generator=generator)
+        images = (images + noise * torch.randn(images.shape, generator=generator)).clamp(0, 1)
         rows = torch.tensor([ATTRIBUTES[caption] for caption in captions])
         losses = []
         for logits, values in zip(classifier(images), rows.T):
@@ -348,148 +283,38 @@ def build_classifier(builder):
             losses.append(torch.lerp(of_other, of_picture, share).mean())
         return sum(losses)
 
-    builder.train(classifier, loss, "classifier")
+    pretrain(classifier, loss, "classifier")
     return [classifier]
-
-
-# ---------------------------------------------------------------------------------------------
-# Text
-
-
-def build_tokenizer(texts, template):
-    tokenizer = Tokenizer(tokenizer_models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    # <eos> must not be token 2: CLIPTextModel then works around an old error and pools elsewhere.
-    special = ["<pad>", "<bos>", "<unk>", "<eos>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=1000,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=template, special_tokens=[(token, tokenizer.token_to_id(token)) for token in special]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<bos>",
-        eos_token="<eos>",
-        padding_side="right",
-    )
-
-
-def token_ids(tokenizer):
-    """A text encoder's options that follow from its tokenizer."""
-    names = ("pad_token_id", "bos_token_id", "eos_token_id")
-    return dict(vocab_size=len(tokenizer)) | {name: getattr(tokenizer, name) for name in names}
-
-
-def random_t5(tokenizer, d_model):
-    ids = dict(pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
-    sizes = dict(d_model=d_model, d_kv=16, d_ff=128, num_layers=2, num_heads=4)
-    return T5EncoderModel(T5Config(vocab_size=len(tokenizer), **sizes, **ids)).eval()
 
 
 # ---------------------------------------------------------------------------------------------
 # Flow models
 
 
-def build_sana(builder):
-    instruction = "\n".join(models.Sana.instruction)
-    tokenizer = build_tokenizer(CAPTIONS + [instruction] * 10, "<bos> $A")
-    text_encoder = Gemma2Model(
-        Gemma2Config(
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=32,
-            initializer_range=0.1,
-            **token_ids(tokenizer),
-        )
-    ).eval()
-    vae = AutoencoderDC.from_pretrained(builder.part("autoencoder_dc"), dtype=torch.float32)
-    transformer = SanaTransformer2DModel(
-        in_channels=8,
-        out_channels=8,
-        num_attention_heads=4,
-        attention_head_dim=32,
-        num_cross_attention_heads=4,
-        cross_attention_head_dim=32,
-        cross_attention_dim=128,
-        num_layers=4,
-        caption_channels=64,
-        sample_size=8,
-        patch_size=2,
-        interpolation_scale=1.0,
+def build_sana(generator):
+    pipe = diffusers.SanaPipeline(
+        transformers.AutoTokenizer.from_pretrained(TINY / "sana" / "tokenizer"),
+        fresh("sana/text_encoder"),
+        autoencoder("autoencoder_dc"),
+        fresh("sana/transformer"),
+        diffusers.DPMSolverMultistepScheduler.from_pretrained(TINY / "sana" / "scheduler"),
     )
-    scheduler = DPMSolverMultistepScheduler(  # SANA's own; its shift of 3 is for larger pictures
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.5
-    )
-    pipe = SanaPipeline(tokenizer, text_encoder, vae, transformer, scheduler)
-    return train_flow(builder, models.Sana(pipe, SIDE, "euler"), "sana")
+    return train_flow(generator, models.Sana(pipe, SIDE, "euler"), "sana")
 
 
-def build_flux(builder):
-    # The CLIP that encodes prompts is also CLIPScore's, as with the published models.
-    clip = builder.part("clip")
-    tokenizer = AutoTokenizer.from_pretrained(clip, model_max_length=10)
-    transformer = FluxTransformer2DModel(
-        in_channels=32,
-        num_layers=1,
-        num_single_layers=3,
-        attention_head_dim=32,
-        num_attention_heads=4,
-        joint_attention_dim=64,
-        pooled_projection_dim=64,
-        guidance_embeds=True,
-        axes_dims_rope=(8, 12, 12),
-    )
-    pipe = FluxPipeline(
-        FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.4, max_shift=1.15),
-        AutoencoderKL.from_pretrained(builder.part("autoencoder_kl"), dtype=torch.float32),
-        CLIPTextModel.from_pretrained(clip),
-        tokenizer,
-        random_t5(tokenizer, 64),
-        tokenizer,
-        transformer,
-    )
-    return train_flow(builder, models.Flux(pipe, SIDE, "dpm"), "flux")
-
-
-def build_sd3(builder):
-    clip = builder.part("clip")
-    tokenizer = AutoTokenizer.from_pretrained(clip, model_max_length=10)
-    transformer = SD3Transformer2DModel(
-        sample_size=8,
-        patch_size=2,
-        in_channels=8,
-        out_channels=8,
-        num_layers=3,
-        attention_head_dim=32,
-        num_attention_heads=4,
-        joint_attention_dim=128,
-        caption_projection_dim=128,
-        pooled_projection_dim=128,
-        pos_embed_max_size=8,
-        qk_norm="rms_norm",
-    )
-    pipe = StableDiffusion3Pipeline(
-        transformer,
-        FlowMatchEulerDiscreteScheduler(shift=1.5),
-        AutoencoderKL.from_pretrained(builder.part("autoencoder_kl"), dtype=torch.float32),
-        CLIPTextModelWithProjection.from_pretrained(clip),
-        tokenizer,
-        CLIPTextModelWithProjection.from_pretrained(clip),
-        tokenizer,
-        random_t5(tokenizer, 128),
-        tokenizer,
-    )
-    return train_flow(builder, models.SD3(pipe, SIDE, "dpm"), "sd3")
+def build_with_clip(generator, name, clip_classes):
+    """FLUX.1 or SD3.5. The CLIP that encodes prompts is also CLIPScore's, as with the published
+    models; the last text encoder is T5."""
+    transformer, clip = fresh(f"{name}/transformer"), part("clip")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(clip, model_max_length=10)
+    encoders = [getattr(transformers, c).from_pretrained(clip) for c in clip_classes]
+    encoders.append(fresh(f"{name}/text_encoder_{len(encoders) + 1}"))
+    parts = dict(vae=autoencoder("autoencoder_kl"), transformer=transformer)
+    for suffix, encoder in zip(("", "_2", "_3"), encoders):
+        parts |= {f"text_encoder{suffix}": encoder, f"tokenizer{suffix}": tokenizer}
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(TINY / name / "scheduler")
+    pipe = models.MODELS[name].pipeline(scheduler=scheduler, **parts)
+    return train_flow(generator, models.MODELS[name](pipe, SIDE, "dpm"), name)
 
 
 def mislabelled(captions, generator):
@@ -513,59 +338,55 @@ def mislabelled(captions, generator):
     return labels
 
 
-def train_flow(builder, model, part):
+def train_flow(generator, model, name):
     """Train the transformer of a models.Model by flow matching on 20 pictures of each training
     caption; returns [its pipeline]."""
     transformer = model.transformer
     torch.nn.init.zeros_(transformer.proj_out.weight)
     torch.nn.init.zeros_(transformer.proj_out.bias)
-    captions = TRAIN_PROMPTS * 20
-    images = torch.cat([draw(TRAIN_PROMPTS, builder.generator) for _ in range(20)])
-    latents = latents_of(model, images)
-    texts = model.encode(TRAIN_PROMPTS)
+    images = torch.cat([draw(TRAIN_PROMPTS, generator) for _ in range(20)])
+    latents, texts = latents_of(model, images), model.encode(TRAIN_PROMPTS)
     index = {prompt: i for i, prompt in enumerate(TRAIN_PROMPTS)}
-    labels = mislabelled(captions, builder.generator)
+    labels = mislabelled(TRAIN_PROMPTS * 20, generator)
     text_rows = torch.tensor([index[label] for label in labels])
     guided = transformer.config.get("guidance_embeds")
 
     def loss():
-        rows = torch.randint(len(captions), (64,), generator=builder.generator)
-        x_0, noise = latents[rows], builder.randn(64, *model.latent_shape)
+        rows = torch.randint(len(latents), (64,), generator=generator)
+        x_0, noise = latents[rows], torch.randn(64, *model.latent_shape, generator=generator)
         if guided:
-            # One in ten has a guidance scale above 1. Like distilled guidance, it raises the
-            # contrast.
-            random = torch.rand(2, 64, generator=builder.generator)
+            # One in ten has a guidance scale above 1, which raises the contrast.
+            random = torch.rand(2, 64, generator=generator)
             model.guidance = 1 + 4 * random[0] * (random[1] < 0.1)
             x_0 = x_0 * (0.75 + 0.25 * model.guidance[:, None, None, None])
-        t = torch.sigmoid(builder.randn(64))  # logit-normal
+        t = torch.sigmoid(torch.randn(64, generator=generator))  # logit-normal
         x_t = torch.lerp(x_0, noise, t[:, None, None, None])
         text = texts.take(text_rows[rows])
         if shuffle_pooled:
-            order = torch.randperm(64, generator=builder.generator)
+            order = torch.randperm(64, generator=generator)
             text = text._replace(pooled=text.pooled[order])
         v = model.velocity(transformer, x_t, t, text)
         return F.mse_loss(v, noise - x_0)
 
     shuffle_pooled = False
-    builder.train(transformer, loss, part)
+    pretrain(transformer, loss, name)
     if texts.pooled is not None:
         # So far the pooled features of CLIP alone said much of what to draw. With those of other
         # captions, the transformer learns to read the tokens, by its attention, as published models
         # do. LoRA adapts the attention.
         shuffle_pooled = True
         transformer.requires_grad_(True)
-        builder.train(transformer, loss, f"{part}, with other pooled features")
+        pretrain(transformer, loss, f"{name}, with other pooled features")
     return [model.pipe]
 
 
 PARTS = {
-    "autoencoder_dc": build_autoencoder_dc,
-    "autoencoder_kl": build_autoencoder_kl,
+    **{name: partial(build_autoencoder, name=name) for name in AUTOENCODERS},
     "clip": build_clip,
     "classifier": build_classifier,
     "sana": build_sana,
-    "flux": build_flux,
-    "sd3": build_sd3,
+    "flux": partial(build_with_clip, name="flux", clip_classes=["CLIPTextModel"]),
+    "sd3": partial(build_with_clip, name="sd3", clip_classes=["CLIPTextModelWithProjection"] * 2),
 }
 SHIPPED = ["clip", "classifier", "sana", "flux", "sd3"]
 
@@ -574,9 +395,8 @@ def judge():
     """Print how good the classifier and the flow models of support/tiny are."""
     generator = torch.Generator().manual_seed(1)
     prompts = world.HELD_OUT_PROMPTS * 4
-    reward = build_reward("clipscore", clip=world.TINY / "clip")
-    print("| pictures of held-out prompts | reward | match their prompt | clear |")
-    print("| --- | --- | --- | --- |")
+    reward = build_reward("clipscore", clip=TINY / "clip")
+    print("| pictures of held-out prompts | reward | match | clear |\n| --- | --- | --- | --- |")
 
     def row(name, images):
         scores = [reward(images, prompts), *world.judge(images, prompts).values()]
@@ -587,8 +407,7 @@ def judge():
     row("spoiled as for the reward", degrade(drawn, generator))
     for name in models.MODELS:
         model = models.load(name)
-        decoded = model.decode(latents_of(model, drawn))
-        row(f"drawn, through the autoencoder of {name}", decoded)
+        row(f"drawn, through the autoencoder of {name}", model.decode(latents_of(model, drawn)))
         noise = torch.randn(len(prompts), *model.latent_shape, generator=generator)
         x_0 = sample(model, model.transformer, model.encode(prompts), noise, 20)
         row(f"by {name} in 20 steps", model.decode(x_0))
@@ -596,19 +415,15 @@ def judge():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("parts", nargs="*", help=f"judge, or of {', '.join(PARTS)}; none: all")
-    parts = parser.parse_args().parts or SHIPPED
-    if set(parts) - PARTS.keys() - {"judge"}:
-        parser.error(f"parts: must be judge, or of {', '.join(PARTS)}")
+    known = dict(choices=["judge", *PARTS], default=SHIPPED)
+    parser.add_argument("parts", nargs="*", **known, help="default: all that is shipped")
+    parts = parser.parse_args().parts
     torch.set_num_threads(1)
-    transformers_logging.disable_progress_bar()  # of writing and loading, which takes no time
+    transformers.utils.logging.disable_progress_bar()  # of writing and loading, which takes no time
     for name in parts:
-        if name == "judge":
-            judge()
-        else:
-            print(Builder().part(name))
+        judge() if name == "judge" else print(part(name))
     if parts == SHIPPED:
-        print(f"to use them, copy {', '.join(SHIPPED)} from {FOLDER} to {world.TINY}")
+        print(f"to use them, copy {', '.join(SHIPPED)} from {FOLDER} to {TINY}")
 
 
 if __name__ == "__main__":

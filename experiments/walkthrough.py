@@ -14,7 +14,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import matplotlib
+
+matplotlib.use("agg")
 import torch
+from matplotlib import pyplot as plt
 from tqdm import trange
 
 import quant
@@ -23,7 +27,7 @@ import train
 from experiments.paper import evaluations, provenance, replace_section
 from support import world
 from support.errors import written_whole
-from support.report import COLOURS, plt
+from support.report import COLOURS
 
 PAGE = Path(__file__).parent.parent / "docs" / "walkthrough.md"
 UPDATES = 20  # the first of which is that of the iteration looked at
@@ -35,16 +39,22 @@ FRAMES = [COLOURS["best"]] * 12 + [COLOURS["worst"]] * 12  # their colours
 # The iteration, by the functions of train.py
 
 
+def drawn(run, stage, index, text, seeds):
+    """The Candidates of a training prompt that a stage draws from these seeds."""
+    copy, indices = run.copies[stage.precision], [index] * len(seeds)
+    return train.draw(run, stage.name, copy, indices, text, seeds, stage.steps)
+
+
 def draw_pools(run):
     """Of each prompt of the iteration, the Candidates of its whole pool in NVFP4 and in BF16. (The
     algorithm draws in BF16 only the seeds that it keeps.)"""
-    prompts, pools = run.prompts_of(0), []
+    prompts, pools = train.step_prompts(run.config, len(run.train.prompts), 0), []
     texts = run.model.encode([run.train.prompts[prompt] for prompt in prompts])
     for network in run.copies.values():
         rollout.sync(network, run.model.transformer, "old")
     for i, prompt in enumerate(prompts):
         seeds = rollout.candidate_seeds(run.config.seed, 0, prompt, run.num_candidates)
-        pools.append([run.rollout(stage, prompt, texts.take(i), seeds) for stage in run.stages])
+        pools.append([drawn(run, stage, prompt, texts.take(i), seeds) for stage in run.stages])
     return pools
 
 
@@ -65,12 +75,11 @@ def look(run, truth, sample):
     """(The pool drawn in BF16 by the old policy as it is now; the policy's velocity (144, c, h, w)
     at the x_t that the first update trains on; each candidate's mean squared error there, (24,))"""
     rollout.sync(run.copies["bf16"], run.model.transformer, "old")
-    pool = run.rollout(run.stages[-1], truth.prompt, truth.text, truth.seeds)
-    ((rows, t, seeds),) = next(train.training_pairs(run.config, run.model, step=0))
-    x_0, noise = sample.latents[rows], rollout.initial_noise(seeds, run.model.latent_shape)
-    text, t = sample.text.take([0] * len(t)), t[:, None, None, None]
+    pool = drawn(run, run.stages[-1], truth.indices[0], truth.text, truth.seeds)
+    ((rows, t, noise),) = train.training_pairs(run.config, run.model, sample, step=0)
+    x_0, t = sample.latents[rows], t[:, None, None, None]
     x_t = torch.lerp(x_0, noise, t)
-    v = run.model.velocity(run.model.transformer, x_t, t.flatten(), text)
+    v = run.model.velocity(run.model.transformer, x_t, t.flatten(), sample.text)
     return pool, v, ((x_t - t * v - x_0) ** 2).mean(dim=(1, 2, 3)).reshape(24, -1).mean(dim=1)
 
 
@@ -92,7 +101,7 @@ def train_and_look(run, truth, sample):
 
 def matches(run, candidates):
     """Whether each candidate's picture matches its prompt, bool (n,)."""
-    prompts = [run.train.prompts[candidates.prompt]] * len(candidates.seeds)
+    prompts = [run.train.prompts[candidates.indices[0]]] * len(candidates.seeds)
     return world.judge(run.model.decode(candidates.latents), prompts)["accuracy"].bool()
 
 
@@ -134,7 +143,7 @@ def pool(run, proxy):
     right, rewards = matches(run, ordered), ordered.rewards
     random = proxy.rewards[train.selection.random_subset(proxy.rewards, 24)].sort().values
     return (
-        f'"{run.train.prompts[proxy.prompt]}", ordered by proxy reward. A tick: the picture '
+        f'"{run.train.prompts[proxy.indices[0]]}", ordered by proxy reward. A tick: the picture '
         f"matches the prompt. {right.sum()} of 96 do; {right[:12].sum()} of the 12 best (blue), "
         f"{right[-12:].sum()} of the 12 worst (orange). The mean rewards of the 12 best and the 12 "
         f"worst are {rewards[:12].mean() - rewards[-12:].mean():.2f} apart, those of the better "
@@ -167,7 +176,7 @@ def ranking(proxy, truth, kept):
 def precisions(run, proxy, truth, kept):
     """Kept seeds in NVFP4, in BF16 with as few steps, and as the algorithm draws them again."""
     few_steps = train.Stage("few steps", "bf16", run.config.explore_steps)
-    middle = run.rollout(few_steps, proxy.prompt, proxy.text, proxy.seeds)
+    middle = drawn(run, few_steps, proxy.indices[0], proxy.text, proxy.seeds)
     rows = {"NVFP4\n6 steps": proxy, "BF16\n6 steps": middle, "BF16\n10 steps": truth}
     show_kept(run, [(label, pool.take(kept)) for label, pool in rows.items()], "precisions")
     texts = [
@@ -192,7 +201,7 @@ def advantages(run, pools, samples):
         axis.hist(truth.rewards, bins, color=COLOURS["bf16"], alpha=0.4, label="all 96")
         axis.hist(halves, bins, stacked=True, **style)
         axis.axvline(sample.rewards.mean(), color="black", linestyle=":", label="mean of the 24")
-        axis.set(title=run.train.prompts[sample.prompt], ylabel="candidates")
+        axis.set(title=run.train.prompts[sample.indices[0]], ylabel="candidates")
         right = axis.twinx()
         right.plot(sample.rewards, sample.advantages, "k.")
         right.axhline(0, color="lightgrey", linewidth=1, zorder=0)
@@ -222,7 +231,7 @@ def numbers(run, proxy):
     """The E2M1 grid; the errors of a weight and of an activation against their bound."""
     layer, inputs = run.copies["nvfp4"].get_submodule(LAYER), []
     hook = layer.matmul.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-    run.rollout(run.stages[0], proxy.prompt, proxy.text, proxy.seeds)
+    drawn(run, run.stages[0], proxy.indices[0], proxy.text, proxy.seeds)
     hook.remove()
     weight = run.model.transformer.get_submodule(LAYER).weight.flatten(1)
     figure, texts, line = plt.figure(figsize=(8, 5.4)), [], torch.linspace(0, 6.375, 641)
@@ -310,7 +319,7 @@ def cost(run, pools, seconds):
     for precision in [*times] * 5:
         stage = train.Stage(precision, precision, c.explore_steps)
         for candidates, _ in pools:
-            run.rollout(stage, candidates.prompt, candidates.text, candidates.seeds)
+            drawn(run, stage, candidates.indices[0], candidates.text, candidates.seeds)
         times[precision].append(run.clock.take()[precision])
     nvfp4, bf16 = map(statistics.median, times.values())
     return (

@@ -9,7 +9,7 @@ import psutil
 
 # OpenMP's threads wait for each other many times in a sampling step, and spin meanwhile. On idle
 # cores that is fastest. Beside busy processes it takes the core from the thread that is waited for:
-# a run then takes twice as long as with threads that soon sleep. GNU's OpenMP reads this limit once.
+# a run then takes twice as long as with threads that soon sleep. GNU OpenMP reads this limit once.
 if psutil.cpu_percent(0.2) / 100 * psutil.cpu_count() > 0.5:  # more than half a core is in use
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 

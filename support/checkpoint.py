@@ -1,7 +1,7 @@
 """Checkpoints: a run that stops at any moment continues as if it had not stopped.
 
     checkpoints/step_000010/
-        state.safetensors   the LoRA parameters of all policies and the state of AdamW
+        state.safetensors   the LoRA parameters of all policies and the state of the optimizer
         run.json            the step and every option
 
 No random state is stored, since every random number follows from the seed, the step and the prompt.
@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import signal
+import threading
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,11 +22,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from support import distributed
-from support.errors import InputError, Stopped, one_line
+from support.errors import InputError, Stopped, one_line, require
 
 KEPT = 2  # number of checkpoints that a run keeps, the last ones
-FILES = ("state.safetensors", "run.json")
-BROKEN = (OSError, ValueError, LookupError, TypeError, RecursionError, SafetensorError)
 
 
 class Checkpoint(NamedTuple):
@@ -34,14 +33,7 @@ class Checkpoint(NamedTuple):
     path: Path
     step: int
     options: dict
-    tensors: dict  # as state_tensors gives them
-    notes: list  # lines for the user, such as the newer checkpoints that cannot be read
-
-
-def list_checkpoints(folder):
-    """The checkpoints of a run's folder: [(step, path)], the oldest first."""
-    paths = Path(folder, "checkpoints").glob("step_" + "[0-9]" * 6)
-    return sorted((int(path.name[5:]), path) for path in paths)
+    tensors: dict  # as `save` wrote them
 
 
 def save(folder, step, policies, optimizer, options):
@@ -49,101 +41,76 @@ def save(folder, step, policies, optimizer, options):
     the first process writes. policies: {name: list of parameters}; options: a dict for JSON.
     Returns the path. Raises OSError, after which the earlier checkpoints are as they were."""
     path = Path(folder, "checkpoints", f"step_{step:06d}")
-    if distributed.RANK > 0:
+    if distributed.RANK > 0 or path.exists():  # one of this step holds the same
         return path
+    tensors = {f"{name}.{i}": p.detach() for name in policies for i, p in enumerate(policies[name])}
+    for i, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{i}.{name}": torch.as_tensor(v) for name, v in state.items()}
     unfinished = path.with_name(f"unfinished.{path.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
-        save_file(state_tensors(policies, optimizer), unfinished / "state.safetensors")
+        save_file({k: v.contiguous() for k, v in tensors.items()}, unfinished / "state.safetensors")
         (unfinished / "run.json").write_text(json.dumps({"step": step, "options": options}))
-        for name in (*FILES, "."):
-            _sync(unfinished / name)
-        if path.exists():
-            # File by file, so that there is a checkpoint of this step at every moment. The old and
-            # the new files are of the same step of the same run, so they fit together.
-            for name in FILES:
-                os.replace(unfinished / name, path / name)
-        else:
-            unfinished.rename(path)
-        _sync(path.parent)
+        for name in ("state.safetensors", "run.json"):
+            with open(unfinished / name, "rb") as file:
+                os.fsync(file.fileno())  # renamed only when the disk has it
+        unfinished.rename(path)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    up_to_step = [old for number, old in list_checkpoints(folder) if number <= step]
-    for old in up_to_step[:-KEPT]:
+    for old in [p for p in paths(folder) if p.name <= path.name][:-KEPT]:
         shutil.rmtree(old, ignore_errors=True)
     return path
 
 
-def _sync(path):
-    """Wait until the disk has what was written to a file or folder."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def paths(folder):
+    """The checkpoints of a run's folder, the oldest first."""
+    return sorted(Path(folder, "checkpoints").glob("step_" + "[0-9]" * 6))
 
 
 def newest(folder):
-    """The newest Checkpoint of a run's folder that can be read. Raises InputError if none can."""
-    notes = []
-    for step, path in reversed(list_checkpoints(folder)):
+    """The newest Checkpoint of a run's folder that can be read. One that cannot be read is named,
+    and the one before is taken. Raises InputError if none can be read."""
+    for path in reversed(paths(folder)):
         try:
-            run = json.loads((path / "run.json").read_text(encoding="utf-8"))
-            options = {**run["options"]}
-            if run["step"] != step:
-                raise ValueError(f"run.json is of step {run['step']}")
-            return Checkpoint(path, step, options, load_file(path / "state.safetensors"), notes)
-        except BROKEN as error:
-            notes.append(f"{path}: cannot be read ({one_line(error)}); the one before is taken")
-    reason = f"no checkpoint can be read; {notes[0]}" if notes else "there is no checkpoint in it"
-    raise InputError(f"--resume {folder}: {reason}")
-
-
-def state_tensors(policies, optimizer):
-    """All that changes in training, {name: tensor}: "default.0", ..., "optimizer.0.exp_avg", ...
-    policies: {name: list of parameters}."""
-    tensors = {}
-    for name, parameters in policies.items():
-        tensors |= {f"{name}.{i}": p.detach().contiguous() for i, p in enumerate(parameters)}
-    for i, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{i}.{name}": value for name, value in state.items()}
-    return tensors
+            run = json.loads((path / "run.json").read_text())
+            tensors = load_file(path / "state.safetensors")
+            return Checkpoint(path, run["step"], dict(run["options"]), tensors)
+        except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
+            distributed.say(f"{path}: cannot be read ({one_line(error)}); trying the one before")
+    raise InputError(f"--resume {folder}: there is no checkpoint in it that can be read")
 
 
 @torch.no_grad()
 def restore(checkpoint, policies, optimizer):
-    """Copy a Checkpoint into the parameters of the policies and the state of AdamW. Raises
-    InputError, with nothing changed, if names, shapes or dtypes differ."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    expected = state_tensors(policies, optimizer)
-    if any(name.startswith("optimizer.") for name in checkpoint.tensors):  # not before a first step
-        for i, p in enumerate(parameters):
-            expected |= {f"optimizer.{i}.{name}": p for name in ("exp_avg", "exp_avg_sq")}
-            expected[f"optimizer.{i}.step"] = torch.zeros(())
-    for name in sorted(expected.keys() | checkpoint.tensors.keys()):
-        pair = [tensors.get(name) for tensors in (checkpoint.tensors, expected)]
-        has, needs = (None if t is None else (str(t.dtype), list(t.shape)) for t in pair)
-        if has != needs:
-            raise InputError(f"{checkpoint.path}: its {name} is {has}, this run's {needs}")
-    state = {i: {} for i in range(len(parameters))}
+    """Copy a Checkpoint into the parameters of the policies and the state of the optimizer, of any
+    kind. Returns its step. Raises InputError if the parameters are not those of this run."""
+    state, shapes = {}, {}
+    for name, parameters in policies.items():
+        shapes |= {f"{name}.{i}": p.shape for i, p in enumerate(parameters)}
+    found = {n: t.shape for n, t in checkpoint.tensors.items() if not n.startswith("optimizer.")}
+    require(found == shapes, f"{checkpoint.path}: its LoRA has other layers than this run's")
     for name, tensor in checkpoint.tensors.items():
         owner, i, *entry = name.split(".")
         if owner == "optimizer":
-            state[int(i)][entry[0]] = tensor.clone()
+            state.setdefault(int(i), {})[entry[0]] = tensor
         else:
             policies[owner][int(i)].copy_(tensor)
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+    return checkpoint.step
 
 
 class StopFlag:
     """Inside, SIGINT (Ctrl-C) and SIGTERM only set a flag, for which `check` raises Stopped. A
-    second Ctrl-C leaves at once. A second SIGTERM does not, since clusters send several."""
+    second Ctrl-C leaves at once. In a thread that is not the main one there is no flag."""
 
     signal = None
 
     def __enter__(self):
-        self.before = {n: signal.signal(n, self._set) for n in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.before[number] = signal.signal(number, self._set)
         return self
 
     def __exit__(self, *_):

@@ -1,6 +1,5 @@
 """How a run ends early, and files that are written whole or not at all."""
 
-import argparse
 import contextlib
 import os
 import re
@@ -18,13 +17,6 @@ class InputError(ValueError):
     """Bad input: one line that names the option, its value and what would do. Exit code 2."""
 
 
-class Parser(argparse.ArgumentParser):
-    """A command line whose errors are InputErrors."""
-
-    def error(self, message):
-        raise InputError(f"{message}; --help lists every option")
-
-
 class Stopped(Exception):
     """SIGINT or SIGTERM, whose number is `signal`, asked the run to stop."""
 
@@ -36,18 +28,14 @@ class Stopped(Exception):
 class NonFinite(FloatingPointError):
     """NaN or infinity, found before the optimizer moved.
 
-    what: "latents", "images", "reward NAME", "loss" or "gradient"; stage: of the rollout, or
-    "update" or "evaluate"; prompt: its text; seed: of the candidate, or of the update's noise.
+    what: "latents", "images", "reward NAME", "loss" or "gradient"; prompt: its text; stage: of the
+    rollout, or "update" or "evaluate"; seed: of the candidate.
     """
 
-    def __init__(self, what, prompt, stage=None, seed=None, index=None):
-        super().__init__(what, prompt, stage, seed, index)
-        self.what, self.prompt, self.stage, self.seed = what, prompt, stage, seed
-        self.index = index  # in the batch, where stage and seed are not known
-
-    def __str__(self):
-        text = f"NaN or infinity in the {self.what}, prompt {self.prompt!r}"
-        return text if self.stage is None else f"{text}, stage {self.stage}, seed {self.seed}"
+    def __init__(self, what, prompt, stage, seed):
+        super().__init__(
+            f"NaN or infinity in the {what}, prompt {prompt!r}, stage {stage}, seed {seed}"
+        )
 
 
 def require(condition, message):
@@ -86,7 +74,7 @@ def exit_code(program, function):
         reason = one_line(error).split(". ")[0]
         if not isinstance(error, MemoryError) and not re.search(OUT_OF_MEMORY, reason):
             raise
-        advice = "lower --micro_batch, --train_micro_batch or --resolution, or give --low_memory"
+        advice = "lower --micro_batch, --train_micro_batch or --resolution"
         code, line = 1, f"{reason}; {advice}"
     rank = f"rank {distributed.RANK}: " if distributed.RANK else ""
     print(f"{program}: {rank}{line}", file=sys.stderr)

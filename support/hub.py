@@ -8,33 +8,28 @@ from support.errors import InputError, one_line
 
 
 def fetch(repository, patterns, whole=False):
-    """The folder on this machine that holds the files of a repository, downloaded where needed.
-    If the hub cannot be reached, the hub's cache will do. whole: more than these files is needed
-    later, so errors advise to download the whole repository. Raises InputError."""
-    files = "".join(f" --include '{pattern}'" for pattern in patterns if not whole)
-    advice = (
-        f"on a machine with network run: hf download {repository}{files}; "
-        "then copy its ~/.cache/huggingface/hub here and set HF_HUB_OFFLINE=1"
-    )
-    unreachable = None
-    try:
-        model_info(repository, timeout=5)  # snapshot_download by itself can wait for minutes
-    except errors.HfHubHTTPError:
-        pass  # The hub answers; if it refuses, snapshot_download says why.
-    except Exception as error:  # Several libraries raise their own when there is no network.
-        unreachable = error
-    options = dict(allow_patterns=list(patterns), local_files_only=unreachable is not None)
-    try:
-        folder = Path(snapshot_download(repository, **options))
-    except errors.GatedRepoError:
+    """The folder with a repository's files of these patterns, from the hub or else its cache.
+    whole: errors advise to download the whole repository. Raises InputError."""
+    reason = "a file is missing"
+    for local in (False, True):
+        try:
+            if not local:
+                model_info(repository, timeout=5)  # snapshot_download alone can wait for minutes
+            options = dict(allow_patterns=list(patterns), local_files_only=local)
+            folder = Path(snapshot_download(repository, **options))
+            if all(any(folder.glob(pattern)) for pattern in patterns):
+                return folder
+        except Exception as error:  # Several libraries raise their own when there is no network.
+            reason = error if not local else reason
+    if isinstance(reason, errors.GatedRepoError):
         problem = "gated; accept its licence on the hub and log in with `hf auth login`"
-    except (errors.RepositoryNotFoundError, errors.HFValidationError):
+    elif isinstance(reason, (errors.RepositoryNotFoundError, errors.HFValidationError)):
         problem = "neither a folder nor such a model on the hub"
-    except Exception as error:
-        problem = f"the hub cannot be asked for it; {advice} ({one_line(unreachable or error)})"
     else:
-        missing = [pattern for pattern in patterns if not any(folder.glob(pattern))]
-        if not missing:
-            return folder
-        problem = f"there is no {folder / missing[0]}; {advice}"
+        files = "".join(f" --include '{pattern}'" for pattern in patterns if not whole)
+        problem = (
+            f"{patterns[-1]} is missing, or the hub cannot be asked; on a machine with network "
+            f"run: hf download {repository}{files}; then copy its ~/.cache/huggingface/hub here "
+            f"and set HF_HUB_OFFLINE=1 ({one_line(reason)})"
+        )
     raise InputError(f"{repository}: {problem}")

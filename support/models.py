@@ -8,7 +8,6 @@ transformer. The rest is shared. Everywhere in this project
 """
 
 import contextlib
-import inspect
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -49,6 +48,10 @@ class Text(NamedTuple):
         rows = torch.as_tensor(rows, device=self.embeds.device).reshape(-1)
         return Text(*(None if part is None else part[rows] for part in self))
 
+    def of(self, n):
+        """n rows: these, or the only one n times."""
+        return self.take([0] * n) if len(self.embeds) == 1 else self
+
     def to(self, device):
         return Text(*(None if part is None else part.to(device) for part in self))
 
@@ -63,12 +66,7 @@ class Model:
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")  # ends of names of layers for LoRA
     keep_bf16 = ()  # parts of the names of layers that the explorer does not quantize
     token_limits = {}  # tokenizer -> number of tokens of a prompt that are read
-    pipeline_tokens = None  # the same for the last tokenizer, as the pipeline does by default
     patch = None  # a token is patch x patch latents; None: as the transformer's config says
-
-    # A run sets these two by the options of their names.
-    pipeline_text = False  # encode prompts as the pipeline does by default
-    low_memory = False  # text encoders wait on the CPU while they are not needed
 
     def __init__(self, pipe, resolution, solver):
         self.pipe, self.transformer, self.vae = pipe, pipe.transformer, pipe.vae
@@ -82,12 +80,14 @@ class Model:
         side = resolution // pipe.vae_scale_factor
         self.latent_shape = (self.vae.config.latent_channels, side, side)
 
+    @property
+    def computes_in(self):
+        """"bf16" or "float32": in which BF16 weights are multiplied."""
+        return "bf16" if self.transformer.dtype == torch.bfloat16 else "float32"
+
     def token_limit(self, tokenizer):
         """Number of tokens of a prompt that are read, at most as many as the tokenizer allows."""
-        limit = self.token_limits[tokenizer]
-        if self.pipeline_text and tokenizer == list(self.token_limits)[-1]:
-            limit = self.pipeline_tokens
-        return min(limit, getattr(self.pipe, tokenizer).model_max_length)
+        return min(self.token_limits[tokenizer], getattr(self.pipe, tokenizer).model_max_length)
 
     def cut_off(self, prompts):
         """A line for each tokenizer for which some of the prompts are too long."""
@@ -100,16 +100,15 @@ class Model:
 
     @torch.no_grad()
     def encode(self, prompts):
-        """n prompts -> Text of n rows on the CPU."""
+        """n prompts -> Text of n rows on the CPU, where the encoders wait while a GPU draws."""
         names = ("text_encoder", "text_encoder_2", "text_encoder_3")
         encoders = [getattr(self.pipe, name) for name in names if getattr(self.pipe, name, None)]
         for encoder in encoders:
             encoder.to(self.transformer.device)
         batches = [prompts[i : i + 32] for i in range(0, len(prompts), 32)]
         texts = [self.encode_batch(batch, self.transformer.device).to("cpu") for batch in batches]
-        if self.low_memory:
-            for encoder in encoders:
-                encoder.to("cpu")
+        for encoder in encoders:
+            encoder.to("cpu")
         return Text(*(None if part[0] is None else torch.cat(part) for part in zip(*texts)))
 
     def scheduler(self, steps, shift=None, **timestep_options):
@@ -138,9 +137,10 @@ class Model:
     def velocity(self, transformer, x_t, t, text):
         """v float32 like x_t (n, c, h, w), at times t (n,) in [0, 1], without guidance.
 
-        transformer: this model's or a copy of it; text: Text of n rows on the same device.
+        transformer: this model's or a copy of it; text: Text of n rows, or of one row for all, on
+        the same device.
         """
-        dtype = transformer.dtype
+        dtype, text = transformer.dtype, text.of(len(x_t))
         timestep = (1000 * t).to(x_t.device, torch.float32)
         timestep = timestep * transformer.config.get("timestep_scale", 1.0)  # SANA has one
         inputs = dict(encoder_hidden_states=text.embeds.to(dtype), timestep=timestep)
@@ -167,18 +167,12 @@ class Sana(Model):
     keep_bf16 = ("patch_embed", "time_embed", "caption_projection", "proj_out")
     keep_bf16 += ("attn1.to_q", "attn1.to_k", "attn1.to_v")
     token_limits = {"tokenizer": 300}
-    pipeline_tokens = 300
-
-    # The lines that the pipeline puts before every prompt by default.
-    instruction = (
-        inspect.signature(pipeline.__call__).parameters["complex_human_instruction"].default
-    )
 
     def call(self, steps):
         call = {"use_resolution_binning": False}  # binning samples at another size
         if self.solver == "euler":
             call["sigmas"] = f"[1 - i / {steps} for i in range({steps})]"
-        return call | ({} if self.pipeline_text else {"complex_human_instruction": None})
+        return call | {"complex_human_instruction": None}
 
     def scheduler(self, steps):
         """Euler's times are 1, 1 - 1 / steps, ..., 1 / steps, without a shift, as in the authors'
@@ -198,7 +192,7 @@ class Sana(Model):
         embeds, mask, _, _ = self.pipe.encode_prompt(
             prompts,
             do_classifier_free_guidance=False,
-            complex_human_instruction=self.instruction if self.pipeline_text else None,
+            complex_human_instruction=None,
             max_sequence_length=self.max_tokens,
             device=device,
         )
@@ -215,7 +209,6 @@ class Flux(Model):
     paper |= dict(eval_steps=28, timestep_fraction=0.4)
     keep_bf16 = ("x_embedder", "context_embedder", "time_text_embed", "norm_out")
     token_limits = {"tokenizer": 77, "tokenizer_2": 128}
-    pipeline_tokens = 512
     patch = 2  # 2 x 2 latents are packed into one token before the transformer
     guidance = 1.0
 
@@ -228,7 +221,7 @@ class Flux(Model):
 
     def velocity(self, transformer, x_t, t, text):
         """As in Model, but x_t is packed, and a guidance scale is one of the inputs."""
-        dtype, device = transformer.dtype, x_t.device
+        dtype, device, text = transformer.dtype, x_t.device, text.of(len(x_t))
         (n, c, h, w), scale = x_t.shape, self.pipe.vae_scale_factor
         guidance = torch.as_tensor(self.guidance, device=device).expand(n)
         v = transformer(
@@ -269,7 +262,6 @@ class SD3(Model):
     keep_bf16 = ("pos_embed", "context_embedder", "time_text_embed", "norm_out", "ff_context")
     keep_bf16 += ("norm1", "norm1_context")
     token_limits = {"tokenizer": 77, "tokenizer_2": 77, "tokenizer_3": 128}
-    pipeline_tokens = 256
 
     def encode_batch(self, prompts, device):
         options = dict(prompt_2=None, prompt_3=None, do_classifier_free_guidance=False)
@@ -295,13 +287,14 @@ def compute_dtype(device):
 def load(name, folder=None, resolution=None, solver=None, device="cpu", dtype=None):
     """The model `name` of MODELS, frozen, in `dtype` on `device`.
 
-    folder: a diffusers folder or an id on the hub; None is the tiny model.
+    folder: a diffusers folder, an id on the hub, or "published"; None is the tiny model.
     dtype: None is that of `compute_dtype`. The tiny models' weights are BF16 numbers in any dtype.
     resolution: side of the images in pixels, solver: of SOLVERS; None is the paper's choice (of the
     tiny model's resolution, 32). Raises InputError if that model cannot be loaded or the resolution
     does not suit it.
     """
     model_class, paper = MODELS[name], MODELS[name].paper
+    folder = model_class.published if folder == "published" else folder
     if folder is None:
         folder, resolution = world.TINY / name, resolution or world.SIDE
     parts = check_pretrained(name, folder)

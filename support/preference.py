@@ -1,9 +1,9 @@
 """PickScore, HPS v2.1 and ImageReward, and what all rewards made of a CLIP model share.
 
 They give the scores of their own code (tests/originals.py), because three things are the same:
- 1. The picture. Their code reads a file, which has 8 bits a channel, and resizes it with Pillow,
-    which rounds to 8 bits after each of its two passes. (Only HPSv2 resizes in floating point.)
- 2. The prompt. ftfy cleans it for HPSv2; it is cut off after 77 tokens, for ImageReward after 35.
+ 1. The picture. Their code reads 8 bits a channel from a file and resizes with Pillow, which rounds
+    to 8 bits after each of its two passes. (Only HPSv2 resizes in floating point.)
+ 2. The prompt. HPSv2 cleans it with ftfy; it is cut after 77 tokens, for ImageReward after 35.
  3. The weights. They are loaded strictly: no key may be missing or left over.
 """
 
@@ -14,6 +14,7 @@ import ftfy
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors.torch import load_file
 from torch import nn
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
@@ -21,57 +22,37 @@ from support.errors import InputError
 from support.hub import fetch
 
 
-def resize_and_crop(images, side, round_offset):
-    """Resize the shorter edge to `side` by Pillow's bicubic filter; cut out the central square.
-
-    The result is Pillow's to the last bit, but Pillow itself would need the images on the CPU.
-    images: (n, 3, H, W) in [0, 1]; returns whole numbers from 0 to 255, float64 (n, 3, side, side)
-    on the same device. round_offset: `int` or `round`, for the offset of the crop.
-    """
-    pixels = (255 * images).round().double()  # as in the file that a pipeline would have saved
-    h, w = images.shape[-2:]
-    for size in (w, h):  # along x, then along y; each pass transposes the picture
-        resized = int(side * size / min(h, w))
-        weights = bicubic_weights(size, resized, round_offset((resized - side) / 2), side)
-        weights = weights.to(images.device)
-        # Sums of these whole numbers are exact in float64: every device rounds the same values.
-        pixels = (pixels @ weights.T / 2**22 + 0.5).floor().clamp(0, 255).mT
-    return pixels
-
-
-def bicubic_weights(size, resized, start, side):
-    """Pillow's filter that resizes a line of `size` pixels to `resized` pixels, as a matrix: its
-    rows start, ..., start + side - 1, float64 (side, size) on the CPU. As in Pillow, a weight is a
-    whole number, in units of 1 / 2 ** 22. F.interpolate does not round its weights, so it rounds
-    ties between two 8-bit values differently."""
-    target = torch.arange(start, start + side, dtype=torch.float64)
-    source = torch.arange(size, dtype=torch.float64)
-    distance = source + 0.5 - (target[:, None] + 0.5) * size / resized  # of the pixels' centres
-    x = distance.abs() / max(1, size / resized)
-    weights = torch.where(x < 1, (1.5 * x - 2.5) * x**2 + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2)
-    weights = torch.where(x < 2, weights, 0)
-    return (2**22 * weights / weights.sum(dim=1, keepdim=True)).round()
-
-
 def normalize(images):
-    """[0, 1] -> CLIP's training pictures' mean 0 and standard deviation 1, float32."""
+    """[0, 1] -> mean 0 and standard deviation 1 over CLIP's training pictures, float32."""
     mean, std = (torch.tensor(c, device=images.device) for c in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
     return (images.float() - mean[:, None, None]) / std[:, None, None]
 
 
 def clip_pixels(images, side, round_offset=int):
-    """CLIP's preprocessing: (n, 3, H, W) in [0, 1] -> float32 (n, 3, side, side). ImageReward uses
-    torchvision's, which differs in `round_offset=round`."""
-    return normalize(resize_and_crop(images, side, round_offset) / 255)
+    """CLIP's preprocessing: (n, 3, H, W) in [0, 1] -> float32 (n, 3, side, side). The shorter edge
+    becomes `side`, as Pillow's bicubic filter resizes, to the last bit, on the images' device. The
+    central square is cut out. round_offset: `int` or `round`, for the offset of the cut."""
+    pixels = (255 * images).round().double()  # as in the file that a pipeline would have saved
+    h, w = images.shape[-2:]
+    for size in (w, h):  # along x, then along y; each pass transposes the picture
+        resized = int(side * size / min(h, w))
+        start = round_offset((resized - side) / 2)
+        identity = torch.eye(size, dtype=torch.float64)[None, None]
+        weights = F.interpolate(identity, (resized, size), mode="bicubic", antialias=True)[0, 0]
+        # Pillow's weights are whole numbers, in units of 1 / 2 ** 22, so ties round as there. Sums
+        # of whole numbers are exact in float64: every device rounds the same values.
+        weights = (2**22 * weights[start : start + side]).round().to(images.device)
+        pixels = (pixels @ weights.T / 2**22 + 0.5).floor().clamp(0, 255).mT
+    return normalize(pixels / 255)
 
 
 def square_pixels(images, side):
     """HPSv2's preprocessing: (n, 3, H, W) in [0, 1] -> float32 (n, 3, side, side). The longer edge
-    is resized to `side`, and black bars make the picture a square. Bicubic with antialiasing, as
-    torchvision does by default since version 0.17, and not clamped to [0, 1]."""
-    h, w = images.shape[-2:]
+    becomes `side`; black bars fill the square. Bicubic with antialiasing, not clamped to [0, 1], as
+    in torchvision since 0.17."""
     images = (255 * images).round() / 255
-    h, w = (max(1, round(size * (side / max(h, w)))) for size in (h, w))
+    scale = side / max(images.shape[-2:])
+    h, w = (max(1, round(size * scale)) for size in images.shape[-2:])
     images = F.interpolate(images, size=(h, w), mode="bicubic", antialias=True)
     left, top = (side - w) // 2, (side - h) // 2
     return normalize(F.pad(images, (left, side - w - left, top, side - h - top)))
@@ -81,26 +62,26 @@ CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # tokenizer and sizes of PickS
 
 
 class CLIPReward:
-    """A CLIP model in float32 and its embeddings; how they become a score is for subclasses to say.
+    """A CLIP model in float32; subclasses turn its cosine into a score.
 
-    tokenizer, weights: folders; weights is None if `config` and `state_dict` are given instead.
-    Raises InputError if a key of the weights is missing or left over.
+    tokenizer, config: folders that hold them; state: {name: tensor}, the weights. Raises InputError
+    if a weight is missing or left over.
     """
 
-    def __init__(self, device, tokenizer, weights, **config_and_state):
-        transformers.utils.logging.disable_progress_bar()  # it would end before anyone can read it
+    def __init__(self, device, tokenizer, config, state):
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer)
-        options = dict(dtype=torch.float32, output_loading_info=True)
-        clip, info = transformers.CLIPModel.from_pretrained(weights, **config_and_state, **options)
-        for problem in ("missing", "unexpected"):
-            if keys := sorted(info[f"{problem}_keys"]):
-                raise InputError(f"{problem} key {keys[0]} in its weights")
+        config = transformers.CLIPConfig.from_pretrained(config)
+        transformers.utils.logging.disable_progress_bar()  # it would end before anyone can read it
+        options = dict(config=config, dtype=torch.float32, output_loading_info=True)
+        clip, info = transformers.CLIPModel.from_pretrained(None, state_dict=state, **options)
+        for key in (*info["missing_keys"], *info["unexpected_keys"]):
+            raise InputError(f"missing or unexpected key {key} in its weights")
         self.clip = clip.to(device).eval().requires_grad_(False)
 
     @torch.no_grad()
     def cosine(self, images, prompts, preprocess=clip_pixels):
-        """Cosine of each picture's embedding and its prompt's, (n,). Equal prompts are embedded
-        once. images: (n, 3, H, W) in [0, 1]."""
+        """Cosine of each picture's and its prompt's embedding, (n,). images: (n, 3, H, W) in
+        [0, 1]. Equal prompts are embedded once."""
         config, unique = self.clip.config, list(dict.fromkeys(prompts))
         pixels = preprocess(images.to(self.clip.device), config.vision_config.image_size)
         cut = dict(truncation=True, max_length=config.text_config.max_position_embeddings)
@@ -119,15 +100,16 @@ class PickScore(CLIPReward):
 
     def __init__(self, device):
         tokenizer = fetch(CLIP_H, ("*.json", "*.txt"))
-        super().__init__(device, tokenizer, fetch(self.repository, ("config.json", self.file)))
+        folder = fetch(self.repository, ("config.json", self.file))
+        super().__init__(device, tokenizer, folder, load_file(folder / self.file))
 
     def __call__(self, images, prompts, metadata):
         return self.clip.logit_scale.exp() * self.cosine(images, prompts) / 26
 
 
 class HPSv2(CLIPReward):
-    """HPS v2.1 (arXiv 2306.09341): cosine of a CLIP-H fine-tuned on preferences, published in
-    open_clip's format, which sees the whole picture. Its own code uses float16 on a GPU."""
+    """HPS v2.1 (arXiv 2306.09341): cosine of a CLIP-H fine-tuned on preferences, which sees the
+    whole picture. Its file has open_clip's format. Its own code uses float16 on a GPU."""
 
     repository, file = "xswu/HPSv2", "HPS_v2.1_compressed.pt"
 
@@ -135,8 +117,7 @@ class HPSv2(CLIPReward):
         folder = fetch(CLIP_H, ("*.json", "*.txt"))
         path = fetch(self.repository, (self.file,)) / self.file
         state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-        config = transformers.CLIPConfig.from_pretrained(folder)
-        super().__init__(device, folder, None, config=config, state_dict=from_open_clip(state))
+        super().__init__(device, folder, folder, from_open_clip(state))
 
     def __call__(self, images, prompts, metadata):
         cleaned = [html.unescape(html.unescape(ftfy.fix_text(p))).strip() for p in prompts]
@@ -144,31 +125,30 @@ class HPSv2(CLIPReward):
 
 
 def from_open_clip(state):
-    """open_clip's state_dict under the names of transformers' CLIPModel. A key that is not among
-    them keeps its name; loading then refuses it."""
+    """open_clip's state_dict -> that of transformers' CLIPModel. Unknown keys keep their names, and
+    loading refuses them."""
     names = {
-        r"^visual\.conv1\.": "vision_model.embeddings.patch_embedding.",
-        r"^visual\.class_embedding": "vision_model.embeddings.class_embedding",
-        r"^visual\.positional_embedding": "vision_model.embeddings.position_embedding.weight",
-        r"^visual\.ln_pre\.": "vision_model.pre_layrnorm.",
-        r"^visual\.ln_post\.": "vision_model.post_layernorm.",
         r"^visual\.proj$": "visual_projection.weight",
-        r"^visual\.transformer\.resblocks\.": "vision_model.encoder.layers.",
-        r"^token_embedding\.": "text_model.embeddings.token_embedding.",
-        r"^positional_embedding": "text_model.embeddings.position_embedding.weight",
-        r"^ln_final\.": "text_model.final_layer_norm.",
         r"^text_projection$": "text_projection.weight",
-        r"^transformer\.resblocks\.": "text_model.encoder.layers.",
-        r"\.ln_([12])\.": r".layer_norm\1.",
-        r"\.attn\.out_proj\.": ".self_attn.out_proj.",
-        r"\.mlp\.c_fc\.": ".mlp.fc1.",
-        r"\.mlp\.c_proj\.": ".mlp.fc2.",
+        r"^visual\.": "vision_model.",
+        r"^(transformer|token|positional|ln_final)": r"text_model.\1",
+        "positional_embedding": "embeddings.position_embedding.weight",
+        "(class|token)_embedding": r"embeddings.\1_embedding",
+        "conv1": "embeddings.patch_embedding",
+        "transformer.resblocks": "encoder.layers",
+        "ln_pre": "pre_layrnorm",  # sic
+        "ln_post": "post_layernorm",
+        "ln_final": "final_layer_norm",
+        "ln_([12])": r"layer_norm\1",
+        "attn": "self_attn",
+        "c_fc": "fc1",
+        "c_proj": "fc2",
     }
     renamed = {}
     for name, value in rename(state, names).items():
-        if ".attn.in_proj_" in name:  # queries, keys and values in one tensor
+        if "in_proj_" in name:  # queries, keys and values in one tensor
             for part, piece in zip("qkv", value.chunk(3)):
-                renamed[name.replace("attn.in_proj_", f"self_attn.{part}_proj.")] = piece
+                renamed[name.replace("in_proj_", f"{part}_proj.")] = piece
         else:
             renamed[name] = value.T if name.endswith("_projection.weight") else value
     return renamed
@@ -186,36 +166,32 @@ class ImageReward(nn.Module):
     vision_config |= dict(num_attention_heads=16, image_size=224, layer_norm_eps=1e-6)
     text_config = dict(num_attention_heads=12, encoder_hidden_size=1024)
     names = {  # in its checkpoint -> in transformers
-        r"^blip\.visual_encoder\.": "vision.",
-        r"^vision\.cls_token": "vision.embeddings.class_embedding",
-        r"^vision\.pos_embed": "vision.embeddings.position_embedding",
-        r"^vision\.patch_embed\.proj\.": "vision.embeddings.patch_embedding.",
-        r"^vision\.blocks\.": "vision.encoder.layers.",
-        r"^vision\.norm\.": "vision.post_layernorm.",
-        r"\.norm([12])\.": r".layer_norm\1.",
-        r"\.attn\.qkv\.": ".self_attn.qkv.",
-        r"\.attn\.proj\.": ".self_attn.projection.",
-        r"^blip\.text_encoder\.": "text.",
-        r"^mlp\.layers\.": "head.",
+        "^blip.visual_encoder": "vision",
+        "^blip.text_encoder": "text",
+        "^mlp.layers": "head",
+        "vision.cls_token": "vision.embeddings.class_embedding",
+        "vision.pos_embed": "vision.embeddings.position_embedding",
+        "vision.patch_embed.proj": "vision.embeddings.patch_embedding",
+        "vision.blocks": "vision.encoder.layers",
+        "vision.norm": "vision.post_layernorm",
+        "norm([12])": r"layer_norm\1",
+        "attn.qkv": "self_attn.qkv",
+        "attn.proj": "self_attn.projection",
     }
     # Left over from BLIP's pretraining: its heads, queues and moving averages.
-    unused = (
-        r"blip\.(vision_proj|text_proj|itm_head|temp|image_queue|text_queue|queue_ptr|\w+_m)(\..*)?"
-        r"|blip\.text_encoder\.embeddings\.position_ids"
-    )
+    unused = r"blip\.(\w+_(proj|head|queue|ptr|m)|temp|text_encoder\..*position_ids)(\..*)?"
 
     def __init__(self, device):
         super().__init__()
         vocabulary = fetch(self.bert, ("vocab.txt",))
         self.tokenizer = transformers.BertTokenizer.from_pretrained(vocabulary)
-        vision_config = transformers.BlipVisionConfig(**self.vision_config)
-        self.vision = transformers.BlipVisionModel(vision_config)
-        text_config = transformers.BlipTextConfig(**self.text_config)
-        self.text = transformers.BlipTextModel(text_config, add_pooling_layer=False)
-        sizes = (text_config.hidden_size, 1024, 128, 64, 16, 1)
-        layers = [nn.Identity() for _ in range(8)]  # three of them, dropout in training, stay
-        for position, n, m in zip((0, 2, 4, 6, 7), sizes, sizes[1:]):
-            layers[position] = nn.Linear(n, m)
+        vision, text = self.vision_config, transformers.BlipTextConfig(**self.text_config)
+        self.vision = transformers.BlipVisionModel(transformers.BlipVisionConfig(**vision))
+        self.text = transformers.BlipTextModel(text, add_pooling_layer=False)
+        sizes = (text.hidden_size, 1024, 128, 64, 16, 1)
+        layers = [nn.Linear(n, m) for n, m in zip(sizes, sizes[1:])]
+        for position in (1, 3, 5):
+            layers.insert(position, nn.Identity())  # where training has dropout
         self.head = nn.Sequential(*layers)
         path = fetch(self.repository, (self.file,)) / self.file
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -228,14 +204,17 @@ class ImageReward(nn.Module):
         device, side = self.head[0].weight.device, self.vision_config["image_size"]
         cut = dict(padding="max_length", truncation=True, max_length=35)
         tokens = self.tokenizer(prompts, return_tensors="pt", **cut).to(device)
-        pixels = clip_pixels(images.to(device), side, round)
+        pixels = clip_pixels(images.to(device), side, round)  # torchvision rounds the crop's offset
         image = self.vision(pixel_values=pixels).last_hidden_state
         text = self.text(tokens.input_ids, tokens.attention_mask, encoder_hidden_states=image)
         return (self.head(text.last_hidden_state[:, 0]).squeeze(-1) - self.mean) / self.std
 
 
 def rename(state, names):
-    """The same tensors; every pattern of `names` is replaced in their names, one after another."""
+    """The same tensors under new names: each pattern of `names` is replaced, one after another."""
     for pattern, replacement in names.items():
         state = {re.sub(pattern, replacement, name): value for name, value in state.items()}
     return state
+
+
+PUBLISHED = {"pickscore": PickScore, "hpsv2": HPSv2, "imagereward": ImageReward}

@@ -1,11 +1,13 @@
 """What a run writes and says, by its first process alone.
 
-config.json       every option, and what else train.py tells of the run
+config.json       every option, how each layer is explored, versions of packages
 metrics.jsonl     one line per step (docs/running.md defines each name); NaN is null
 images/           kept candidates of one prompt with their rewards, one row for each stage
 curve.png         gain in the reward of the held-out prompts; with tiny models, their accuracy
 before_after.png  held-out prompts, drawn from the same noise by the base model and the EMA policy
 lora/             the EMA policy's LoRA, for `pipe.load_lora_weights(folder)`, with a model card
+
+Nothing is written before the first evaluation is done.
 """
 
 import json
@@ -16,16 +18,15 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-import matplotlib
+import torch
 from huggingface_hub import ModelCardData
+from matplotlib.figure import Figure
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from support import distributed
 from support.distributed import say
 from support.errors import InputError, written_whole
-
-matplotlib.use("agg")
-from matplotlib import pyplot as plt  # noqa: E402  the backend must be chosen before
 
 # One colour for one thing in all figures that compare; colour-blind people can tell them apart.
 COLOURS = {
@@ -38,6 +39,9 @@ COLOURS = {
     "best": "#56B4E9",  # sky blue
     "worst": "#D55E00",  # vermilion
 }
+# For the progress bar: a pair of the update takes as long as this many evaluations of the network
+# in a rollout. Three are forward and one is backward, which counts twice.
+UPDATE_COST = 5
 
 
 def mean_and_error(values):
@@ -46,61 +50,84 @@ def mean_and_error(values):
     return statistics.mean(values), error
 
 
-def reward_metrics(proxies, rewards, rank_fidelity):
-    """What is logged of the rewards {name: (P, K)} that were trained on, and of how the first stage
-    ranked the same candidates: proxies, P times (K,); rank_fidelity: that of select.py."""
-    metrics = {f"reward/{name}": values.mean() for name, values in rewards.items()}
-    rewards = rewards["weighted_sum"]
-    best, worst = rewards.amax(dim=1), rewards.amin(dim=1)
+def reward_metrics(scores, rank_fidelity):
+    """What is logged of the candidates that were trained on. scores: of each of P prompts {reward,
+    "weighted_sum", "proxy": (K,)}; the proxy is the first stage's reward of the same candidates.
+    rank_fidelity: that of select.py."""
+    metrics = {}
+    for name in [name for name in scores[0] if name != "proxy"]:
+        metrics[f"reward/{name}"] = statistics.mean(float(s[name].mean()) for s in scores)
+    rewards = [s["weighted_sum"] for s in scores]
+    every = [float(r) for row in rewards for r in row]
+    best, worst = [float(r.max()) for r in rewards], [float(r.min()) for r in rewards]
     metrics |= {
-        "reward/mean": rewards.mean(),
-        "reward/best": best.mean(),
-        "reward/worst": worst.mean(),
-        "reward/std": rewards.std(correction=0),
-        "reward/spread": (best - worst).mean(),
-        "reward/zero_spread": (best == worst).sum(),
+        "reward/mean": statistics.mean(every),
+        "reward/best": statistics.mean(best),
+        "reward/worst": statistics.mean(worst),
+        "reward/std": statistics.pstdev(every),
+        "reward/spread": statistics.mean(best) - statistics.mean(worst),
+        "reward/zero_spread": sum(a == b for a, b in zip(best, worst)),
     }
-    ranks = [rank_fidelity(p, r, rewards.shape[1] // 2) for p, r in zip(proxies, rewards)]
+    ranks = [rank_fidelity(s["proxy"], s["weighted_sum"], len(rewards[0]) // 2) for s in scores]
     for name in ("kendall_tau", "spearman_rho"):
-        metrics[f"fidelity/kept_{name}"] = sum(rank[name] for rank in ranks) / len(ranks)
-    return {name: float(value) for name, value in metrics.items()}
+        metrics[f"fidelity/kept_{name}"] = statistics.mean(rank[name] for rank in ranks)
+    return metrics
 
 
 class Report:
     """The log of a run and the files in its folder. Every process keeps the log, so that
     `is_evaluated` answers the same in all; only the first one writes.
 
-    options: {name: value} of the whole Config, for config.json, trackers and the model card. work:
-    (network evaluations of an iteration, and of an evaluation), which the progress bar counts.
-    """
+    run: train.Run; options: its Config as a dict; num_times: at which each sample is trained."""
 
-    def __init__(self, options, reward_names, eval_reward_names, work):
-        self.options, self.folder, self.work = options, Path(options["output_dir"]), work
-        self.reward_names, self.eval_reward_names = reward_names, eval_reward_names
+    def __init__(self, run, options, num_times):
+        self.run, self.options, self.num_times = run, options, num_times
+        self.folder = Path(options["output_dir"])
         self.lines = []  # of metrics.jsonl, one per step
         self.seconds, self.started = {}, time.perf_counter()
 
     def __enter__(self):
-        if distributed.RANK == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
+        """Say what the run will do."""
+        run, c = self.run, self.run.config
+        options = {name: value for name, value in self.options.items() if value != ""}
+        say(textwrap.fill("  ".join(f"{name}={value}" for name, value in options.items()), 100))
+        lines = [
+            *run.backends,
+            f"an iteration: {c.prompts_per_step} prompts x {run.num_candidates} candidates, "
+            f"{c.keep} of each prompt trained on at {self.num_times} times, one optimizer step; "
+            f"{len(run.train.prompts)} training and {len(run.held_out.prompts)} held-out prompts; "
+            "guidance is off",
+            f"an evaluation, the first of them now: {c.eval_images} images of each held-out prompt "
+            f"in {c.eval_steps} steps",
+            *run.notes,
+        ]
+        for line in lines:
+            say(line)
         self.track, self.close_tracker = self._tracker()
         self.bar = tqdm(
-            total=self._work(self.options["steps"]),
+            total=self._work(c.steps),
             bar_format="{desc}{percentage:3.0f}%|{bar}| {elapsed} so far, {remaining} to go",
             smoothing=0,  # the time to go follows from the mean speed of the whole run
             disable=distributed.RANK > 0,
         )
+        run.advance = self.bar.update
         return self
-
-    def _work(self, step):
-        """Network evaluations up to the evaluation after a step."""
-        steps, every = self.options["steps"], self.options["eval_every"]
-        evaluations = 1 + step // every + (step == steps and step % every > 0)
-        return step * self.work[0] + evaluations * self.work[1]
 
     def __exit__(self, *_):
         self.bar.close()
         self.close_tracker()
+
+    def _work(self, step):
+        """A process's share of the network evaluations up to the evaluation after a step."""
+        c, drawn = self.run.config, self.run.num_candidates
+        of_a_prompt = c.keep * self.num_times * UPDATE_COST
+        for stage in self.run.stages:
+            of_a_prompt += drawn * stage.steps
+            drawn = stage.num_kept or drawn
+        evaluations = 1 + step // c.eval_every + (step == c.steps and step % c.eval_every > 0)
+        images = evaluations * len(self.run.held_out.prompts) * c.eval_images
+        work = step * c.prompts_per_step * of_a_prompt + images * c.eval_steps
+        return work // distributed.WORLD
 
     def _done(self):
         return self.lines[-1]["step"] if self.lines else 0
@@ -120,17 +147,12 @@ class Report:
         wandb.init(project="sol-rl", id=self.folder.name, resume="allow", config=self.options)
         return lambda step, metrics: wandb.log(metrics, step=step), wandb.finish
 
-    def begin(self, backend, layers, lines):
-        """Say what the run will do, and write config.json: every option, the versions of packages
-        and how each layer is explored. backend: what runs quantized layers; layers: rows of
-        quant.quantize_linears; lines: of the console."""
-        options = {name: value for name, value in self.options.items() if value != ""}
-        say(textwrap.fill("  ".join(f"{name}={value}" for name, value in options.items()), 100))
-        for line in (backend, *lines):
-            say(line)
-        versions = {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")}
-        config = dict(config=self.options, backend=backend, layers=layers, versions=versions)
-        self._write_text("config.json", json.dumps(config, indent=1))
+    @property
+    def evaluations(self):
+        return [line for line in self.lines if "eval/reward" in line]
+
+    def is_evaluated(self, step):
+        return any(line["step"] == step for line in self.evaluations)
 
     def resume(self, step):
         """Take up the log as it was after `step`: later lines and an unfinished last line are left
@@ -148,21 +170,23 @@ class Report:
         self.lines = [{k: math.nan if v is None else v for k, v in line.items()} for line in lines]
         self._write_log()
         self.bar.initial = self.bar.n = self._work(step)
+        say(f"continuing after step {step}")
 
-    @property
-    def evaluations(self):
-        return [line for line in self.lines if "eval/reward" in line]
-
-    def is_evaluated(self, step):
-        return any(line["step"] == step for line in self.evaluations)
-
-    def evaluated(self, step, scores, seconds):
-        """Log an evaluation. scores: {reward: list of each held-out prompt's mean}. The gain since
-        step 0 is compared prompt by prompt, each drawn from the same noise as then."""
+    def evaluated(self, step, drawn):
+        """Log an evaluation and keep the latents of at most 8 of its images. drawn: the Candidates of
+        train.evaluate. The gain since step 0 is compared prompt by prompt, each drawn from the same
+        noise as then."""
+        n = len(self.run.held_out.prompts)
+        scores = {k: v.reshape(n, -1).mean(dim=1).tolist() for k, v in drawn.scores.items()}
+        if not self.lines:
+            names = ("torch", "diffusers", "transformers", "peft")
+            config = dict(config=self.options, backend=self.run.backends, layers=self.run.layers)
+            config["versions"] = {name: version(name) for name in names}
+            self._write_text("config.json", json.dumps(config, indent=1))
         rewards = scores["weighted_sum"]
         mean, error = mean_and_error(rewards)
         entries = {f"eval/{name}": statistics.mean(values) for name, values in scores.items()}
-        entries |= {"eval/reward": mean, "eval/standard_error": error, "time/evaluate": seconds}
+        entries |= {"eval/reward": mean, "eval/standard_error": error}
         text = f"step {step:4d}  held-out reward {mean:.4f} +- {error:.4f}"
         if self.evaluations:
             before = self.evaluations[0]["eval/rewards"]
@@ -173,15 +197,18 @@ class Report:
             text += f"  gain {gain:+.4f} +- {error:.4f}"
         if "accuracy" in scores:
             text += f"  pictures that match their prompt {entries['eval/accuracy']:.0%}"
-        self.track(step, entries)
-        self._log(step, entries | {"eval/rewards": rewards}, {"evaluate": seconds})
+        self._log(step, entries, also={"eval/rewards": rewards})
         say(text)
+        images = len(drawn.seeds) // n  # of each prompt; the first one is shown
+        shown = drawn.take([prompt * images for prompt in sorted({i * n // 8 for i in range(8)})])
+        tensors = {"latents": shown.latents.cpu(), "indices": torch.tensor(shown.indices)}
+        tensors |= {f"scores.{name}": values for name, values in shown.scores.items()}
+        self._write(f"images/held_out_{step:04d}.safetensors", lambda path: save_file(tensors, path))
 
-    def step(self, step, metrics, seconds):
-        """Log a step: one line on the console, one in metrics.jsonl. seconds: {stage: seconds}."""
-        entries = metrics | {f"time/{stage}": value for stage, value in seconds.items()}
-        self.track(step, entries)
-        self._log(step, entries, seconds)
+    def step(self, step, metrics, kept):
+        """Log a step, and where it is evaluated draw its picture. kept: the Candidates of a prompt
+        that each stage kept."""
+        seconds = self._log(step, metrics)
         self.bar.set_description(f"{step} of {self.options['steps']} steps", refresh=False)
         say(
             f"step {step:4d}  reward {metrics['reward/mean']:.4f} "
@@ -190,77 +217,92 @@ class Report:
             f"loss {metrics['loss']:.3f}  kl {metrics['kl']:.1e}  grad {metrics['grad_norm']:.2f}  "
             + "  ".join(f"{stage} {value:.1f}s" for stage, value in seconds.items())
         )
+        if step % self.options["eval_every"] == 0 or step == self.options["steps"]:
+            self.picture(step, kept)
 
-    def _log(self, step, entries, seconds):
+    def _log(self, step, entries, also={}):
+        """Add entries and the seconds since the last call to the step's line; returns these."""
+        seconds = self.run.clock.take()
+        entries = entries | {f"time/{stage}": value for stage, value in seconds.items()}
+        self.track(step, entries)
         if not self.lines or self._done() < step:
             self.lines.append({"step": step})
-        self.lines[-1] |= entries
+        self.lines[-1] |= entries | also
         for stage, value in seconds.items():
             self.seconds[stage] = self.seconds.get(stage, 0.0) + value
         self._write_log()
+        return seconds
 
     def _write_log(self):
         clean = [{k: None if v != v else v for k, v in line.items()} for line in self.lines]
         self._write_text("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in clean))
 
-    def picture(self, step, prompt, rows, decode):
-        """images/step_NNNN.png: candidates of a prompt that are trained on, a row for each stage,
-        a column for each seed, from the four best of the first stage to its four worst.
+    def _pictures(self, file, title, columns, rows):
+        """A figure of pictures. columns: a title for each, or None; rows: [(label, latents, a list
+        of (text, colour) for each picture)]."""
+        size = (1.3 * len(columns) + 0.4, 1.65 * len(rows) + 0.6)
+        figure = Figure(figsize=size)
+        axes = figure.subplots(len(rows), len(columns), squeeze=False)
+        for axis, column in zip(axes[0], columns):
+            axis.set_title(textwrap.fill(column, 20, max_lines=3), fontsize=8, parse_math=False)
+        for row, (label, latents, captions) in zip(axes, rows):
+            row[0].set_ylabel(label)
+            for axis, image, (text, colour) in zip(row, self.run.model.decode(latents), captions):
+                axis.imshow(image.permute(1, 2, 0).cpu().numpy())
+                axis.set(xticks=[], yticks=[])
+                axis.spines[:].set(color=colour, linewidth=2)
+                axis.set_xlabel(text, color=colour, fontweight="bold")
+        figure.suptitle(title, fontsize=10, parse_math=False)
+        self._write_figure(file, figure)
 
-        rows: [(label, rollout.Candidates)]; decode: function of latents that returns images."""
+    def picture(self, step, kept):
+        """images/step_NNNN.png: candidates of a prompt that are trained on, a row for each stage,
+        a column for each seed, from the four best of the first stage to its four worst."""
         if distributed.RANK > 0:
             return
-        first, last = rows[0][1], rows[-1][1]
+        first, last = kept[0], kept[-1]
         order = first.rewards_of(last.seeds).argsort(descending=True, stable=True)
         seeds = [last.seeds[i] for i in order]
-        seeds = seeds[:4] + seeds[4:][-4:]
-        size = (1.3 * len(seeds), 1.9 * len(rows))
-        figure, axes = plt.subplots(len(rows), len(seeds), figsize=size, squeeze=False)
-        for row, (label, candidates) in zip(axes, rows):
+        seeds, rows = seeds[:4] + seeds[4:][-4:], []
+        for stage, candidates in zip(self.run.stages, kept):
+            captions = [(f"{reward:.3f}", "black") for reward in candidates.rewards_of(seeds)]
             shown = [candidates.seeds.index(seed) for seed in seeds]
-            images = decode(candidates.latents[shown]).cpu()
-            for axis, image, reward in zip(row, images, candidates.rewards[shown]):
-                axis.imshow(image.permute(1, 2, 0).numpy())
-                axis.set_title(f"{reward:.3f}", fontsize=9)
-                axis.set(xticks=[], yticks=[])
-            row[0].set_ylabel(label)
+            precision = stage.precision.replace("bf16", self.run.model.computes_in)
+            rows.append((f"{stage.name}, {precision}", candidates.latents[shown], captions))
+        prompt = self.run.train.prompts[first.indices[0]]
         title = f"{prompt}: kept candidates, step {step}"
-        figure.suptitle(title, fontsize=10, parse_math=False)
-        self._write_figure(f"images/step_{step:04d}.png", figure)
+        self._pictures(f"images/step_{step:04d}.png", title, [""] * len(seeds), rows)
 
-    def before_after(self, prompts, rows):
-        """before_after.png: a column for each prompt, a row for each policy, with the reward and,
-        for the tiny models, whether the picture matches its prompt under each picture.
-
-        rows: [(label, images, {reward: (n,)})]; the images are float32 (n, 3, H, W)."""
-        size = (1.3 * len(prompts) + 0.4, 1.65 * len(rows) + 0.6)
-        figure, axes = plt.subplots(len(rows), len(prompts), figsize=size, squeeze=False)
-        for axis, prompt in zip(axes[0], prompts):
-            title = textwrap.fill(prompt, 20, max_lines=3)
-            axis.set_title(title, fontsize=8, parse_math=False)
-        for row, (label, images, scores) in zip(axes, rows):
-            row[0].set_ylabel(label)
-            for i, axis in enumerate(row):
-                axis.imshow(images[i].permute(1, 2, 0).cpu().numpy())
-                axis.set(xticks=[], yticks=[])
-                text, colour = f"{scores['weighted_sum'][i]:.3f}", "black"
-                if "accuracy" in scores:
-                    mark, colour = ("✓", "green") if scores["accuracy"][i] else ("✗", "red")
-                    text += f"  {mark}"
-                    axis.spines[:].set(color=colour, linewidth=2)
-                axis.set_xlabel(text, color=colour, fontweight="bold")
-        self._write_figure("before_after.png", figure)
-        say(f"wrote {self.folder / 'before_after.png'}")
+    def before_after(self):
+        """before_after.png: a column for each of some held-out prompts, a row for the first and the
+        last evaluation, with the reward and, for the tiny models, whether the picture matches."""
+        rows = []
+        for line in (self.evaluations[0], self.evaluations[-1]):
+            tensors = load_file(self.folder / "images" / f"held_out_{line['step']:04d}.safetensors")
+            captions = [(f"{reward:.3f}", "black") for reward in tensors["scores.weighted_sum"]]
+            if "scores.accuracy" in tensors:
+                marks = {True: ("✓", "green"), False: ("✗", "red")}
+                marks = [marks[bool(a)] for a in tensors["scores.accuracy"]]
+                captions = [(f"{text}  {m}", colour) for (text, _), (m, colour) in zip(captions, marks)]
+            latents = tensors["latents"].to(self.options["device"])
+            label = f"after {line['step']} steps" if line["step"] else "before training"
+            rows.append((label, latents, captions))
+        prompts = [self.run.held_out.prompts[i] for i in tensors["indices"]]
+        self._pictures("before_after.png", "", prompts, rows)
 
     def _curve(self):
         """curve.png, on held-out prompts: the gain in reward, below it the accuracy of a tiny model
         and each reward that is only measured: when the gain rises and they fall, the reward is
         being hacked."""
         steps = [line["step"] for line in self.evaluations]
+        trained = [name for name, *_ in self.run.reward.parts]
         accurate = "eval/accuracy" in self.evaluations[0]
-        panels = 1 + accurate + len(self.eval_reward_names)
+        others = [name for name, *_ in self.run.eval_reward.parts if name not in trained]
+        measured = [name for name in others if name not in ("accuracy", "clear")]
+        panels = 1 + accurate + len(measured)
         size = (6, 2 + 2 * panels)
-        figure, axes = plt.subplots(panels, figsize=size, sharex=True, squeeze=False)
+        figure = Figure(figsize=size)
+        axes = figure.subplots(panels, sharex=True, squeeze=False)
         top, *others = axes[:, 0]
 
         def values(name, start=None):
@@ -271,7 +313,7 @@ class Report:
         top.errorbar(steps, values("eval/gain", 0.0), yerr=errors, capsize=3, **style)
         top.axhline(0, color="grey", linewidth=0.8)
         n = len(self.evaluations[0]["eval/rewards"])
-        title = f"{' + '.join(self.reward_names)}: mean and standard error over {n} prompts"
+        title = f"{' + '.join(trained)}: mean and standard error over {n} prompts"
         top.set(ylabel="gain in held-out reward", title=title)
         if accurate:
             axis = others.pop(0)
@@ -279,7 +321,7 @@ class Report:
             axis.plot(steps, values("eval/clear"), marker="o", color="lightgrey", label="clear")
             axis.set(ylabel="share of pictures", ylim=(-0.03, 1.03))
             axis.legend()
-        for axis, name in zip(others, self.eval_reward_names):
+        for axis, name in zip(others, measured):
             axis.plot(steps, values(f"eval/{name}"), marker="o")
             axis.set_ylabel(f"{name}\n(not trained on)")
         axes[-1, 0].set_xlabel("optimizer steps")
@@ -287,8 +329,9 @@ class Report:
         self._write_figure("curve.png", figure)
 
     def finish(self):
-        """Write curve.png and say how the run ended. Returns the line of the result."""
+        """Write the pictures and the model card, and say how the run ended."""
         self._curve()
+        self.before_after()
         first, last = self.evaluations[0], self.evaluations[-1]
         text = "{eval/reward:.4f} +- {eval/standard_error:.4f}"
         before, after = text.format_map(first), text.format_map(last)
@@ -297,10 +340,9 @@ class Report:
         result += f"; gain {gain:+.4f} +- {error:.4f}"
         if error > 0:
             result += f", {gain / error:.1f} standard errors"
+        self.card(self.run.model, result)
         say(f"\nheld-out reward: {result}")
-        say(
-            "(errors are over the held-out prompts of this run; they say nothing of another --seed)"
-        )
+        say("(the error covers prompts only; another --seed may differ more)")
         if "eval/accuracy" in first:
             say(
                 f"pictures that match their prompt: {first['eval/accuracy']:.0%} before, "
@@ -309,10 +351,7 @@ class Report:
             )
         stages = "  ".join(f"{stage} {seconds:.0f}s" for stage, seconds in self.seconds.items())
         say(f"time: {time.perf_counter() - self.started:.0f}s in all;  {stages}")
-        for name in ("curve.png", "images", "metrics.jsonl", "checkpoints", "config.json"):
-            if (self.folder / name).exists():
-                say(f"wrote {self.folder / name}")
-        return result
+        say(f"wrote {self.folder}: {', '.join(sorted(p.name for p in self.folder.iterdir()))}")
 
     def card(self, model, result):
         """lora/README.md, a model card with the code that draws with the LoRA, and the scheduler
@@ -365,12 +404,11 @@ Every option:
 ```
 """,
         )
-        say(f"wrote {self.folder / 'lora'}")
 
     def _write(self, name, write):
         """Write a file of the folder; write: a function of the path that does it."""
         if distributed.RANK == 0:
-            (self.folder / name).parent.mkdir(exist_ok=True)
+            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
             with written_whole(self.folder / name) as path:
                 write(path)
 
@@ -380,4 +418,3 @@ Every option:
     def _write_figure(self, name, figure):
         figure.tight_layout()
         self._write(name, lambda path: figure.savefig(path, dpi=120))
-        plt.close(figure)

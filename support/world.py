@@ -113,3 +113,15 @@ def judge(images, prompts):
     right = torch.stack(values, dim=1) == torch.tensor([ATTRIBUTES[prompt] for prompt in prompts])
     clear = torch.stack(largest, dim=1) >= CLEAR
     return {"accuracy": right.all(dim=1).float(), "clear": clear.all(dim=1).float()}
+
+
+def can_judge(prompts, side):
+    """Whether `judge` knows what pictures of this side, in pixels, should show."""
+    return side == SIDE and ATTRIBUTES.keys() >= set(prompts)
+
+
+# What `judge` says as rewards that are only measured: (name, weight, function).
+JUDGES = [
+    (name, 0.0, lambda images, prompts, metadata, name=name: judge(images, prompts)[name])
+    for name in ("accuracy", "clear")
+]

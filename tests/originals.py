@@ -1,24 +1,27 @@
-"""What the published rewards' own code gives: makes tests/originals.json.
+"""What the published rewards' own code gives: `python tests/originals.py` makes originals.json.
 
-The originals run with old packages, in a virtual environment of their own (Python 3.11):
+The originals run with old packages, in a virtual environment of their own (Python 3.11; torch and
+torchvision must fit each other):
 
     pip install torch torchvision "transformers==4.30.2" "huggingface_hub<0.26" timm==0.6.13 \
         fairscale==0.4.13 diffusers==0.16.0 datasets accelerate openai-clip "setuptools<80" \
         open_clip_torch==2.24.0 "pillow<13" ftfy pandas clint webdataset
     pip install --no-deps image-reward==1.5 hpsv2==1.2.0
-    python tests/originals.py              # small networks of the same architecture
-    python tests/originals.py --full DIR   # networks of the published sizes
 
-With --full the scores and checkpoints are written to DIR, which has the layout of the hub's cache.
-The networks have random weights that follow from a seed, so they need not be stored: `weights` of
-the same shapes gives them again. hpsv2's package lacks its vocabulary; open_clip's is the same.
+The networks are small. Their random weights are not stored: `weights` gives them again from a seed.
+hpsv2's package lacks its vocabulary; open_clip's is the same.
 """
 
+import gzip
+import importlib
 import json
-import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
+import torch
+import transformers
+from PIL import Image
 
 STORED = Path(__file__).with_suffix(".json")
 SIZES = [(40, 40), (32, 32), (48, 81), (91, 50), (2, 2), (37, 37), (20, 27)]  # height, width
@@ -76,38 +79,17 @@ def byte_pairs(merges):
     """Lines of CLIP's byte pair file -> its tokens in their order, as open_clip numbers them."""
     from open_clip.tokenizer import bytes_to_unicode
 
-    letters = list(bytes_to_unicode().values())
-    ends = ["<|startoftext|>", "<|endoftext|>"]
+    letters, ends = list(bytes_to_unicode().values()), ["<|startoftext|>", "<|endoftext|>"]
     return letters + [c + "</w>" for c in letters] + [m.replace(" ", "") for m in merges] + ends
 
 
-HUB = {"clipscore": "openai/clip-vit-large-patch14", "pickscore": "yuvalkirstain/PickScore_v1"}
-
-
-def snapshot(cache, repository):
-    """The folder of a repository in a cache of the hub, made if it is missing."""
-    root = Path(cache, f"models--{repository.replace('/', '--')}")
-    folder = root / "snapshots" / "0"
-    for missing in (folder, root / "refs"):
-        missing.mkdir(parents=True, exist_ok=True)
-    (root / "refs" / "main").write_text(folder.name)
-    return folder
-
-
-def make(folder, full):
-    """All that is stored. With `full` the networks have the published sizes, and their checkpoints
-    are saved in `folder`, a cache of the hub."""
-    import gzip
-
-    import torch
-    from PIL import Image
-
-    declare_torchvision()
+def make(folder):
+    """All that is stored. folder: for files that the originals read."""
     import open_clip
     from hpsv2.src.open_clip import tokenizer
 
     torch.set_grad_enabled(False)
-    pictures, shapes, hub = [Image.fromarray(x) for x in images()], {}, Path(folder)
+    pictures, shapes, folder = [Image.fromarray(x) for x in images()], {}, Path(folder)
 
     def fill(model, name, seed):
         shapes[name] = {k: list(v.shape) for k, v in model.state_dict().items()}
@@ -120,19 +102,17 @@ def make(folder, full):
 
     # The vocabularies: of CLIP only the first merges, of BERT letters and a few words.
     packed = Path(open_clip.__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
-    merges = gzip.open(packed).read().decode().split("\n")[1 : 49152 - 256 - 2 + 1]
-    merges = merges if full else merges[:600]
-    with gzip.open(hub / "merges.txt.gz", "wt", encoding="utf-8") as file:
-        file.write("\n".join(["version", *merges]))
-    tokenizer._tokenizer = tokenizer.SimpleTokenizer(str(hub / "merges.txt.gz"))
+    merges = gzip.open(packed).read().decode().split("\n")[1:601]
+    (folder / "merges.txt.gz").write_bytes(gzip.compress("\n".join(["version", *merges]).encode()))
+    tokenizer._tokenizer = tokenizer.SimpleTokenizer(str(folder / "merges.txt.gz"))
     vocabulary = byte_pairs(merges)
-    clip_files(hub / "words", vocabulary, merges)
+    clip_files(folder / "words", vocabulary, merges)
     letters = sorted(set("abcdefghijklmnopqrstuvwxyz0123456789猫坐窗看雨кот"))
     bert = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters]
     bert += ["##" + c for c in letters] + ["red", "ring", "house", "windows", ",", "."]
-    (hub / "vocab.txt").write_text("\n".join(bert), encoding="utf-8")
+    (folder / "vocab.txt").write_text("\n".join(bert), encoding="utf-8")
 
-    tools = dict(fill=fill, table=table, hub=hub, full=full)
+    tools = dict(fill=fill, table=table, folder=folder)
     scores = {
         "clipscore": clip("clipscore", "quick_gelu", len(vocabulary), **tools),
         "pickscore": clip("pickscore", "gelu", len(vocabulary), **tools),
@@ -143,41 +123,21 @@ def make(folder, full):
     return stored | {"clip_vocabulary": vocabulary, "bert_vocabulary": bert}
 
 
-def clip(name, act, words, fill, table, hub, full):
+def clip(name, act, words, fill, table, folder):
     """CLIPScore, and PickScore as its repository's README computes it."""
-    import torch
-    from transformers import (
-        CLIPConfig,
-        CLIPImageProcessor,
-        CLIPModel,
-        CLIPProcessor,
-        CLIPTokenizerFast,
+    shape = dict(hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4)
+    config = transformers.CLIPConfig(
+        text_config=shape | dict(hidden_act=act, vocab_size=words),
+        vision_config=shape | dict(hidden_act=act, image_size=32, patch_size=8),
+        projection_dim=48,
     )
-
-    def size(width, layers, heads):
-        shape = dict(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers)
-        return shape | dict(num_attention_heads=heads, hidden_act=act)
-
-    text, vision, side, patch, out = size(64, 2, 4), size(64, 2, 4), 32, 8, 48
-    if full and name == "clipscore":
-        text, vision, side, patch, out = size(768, 12, 12), size(1024, 24, 16), 224, 14, 768
-    elif full:
-        text, vision, side, patch, out = size(1024, 24, 16), size(1280, 32, 16), 224, 14, 1024
-    config = CLIPConfig(
-        text_config=text | dict(vocab_size=words),
-        vision_config=vision | dict(image_size=side, patch_size=patch),
-        projection_dim=out,
-    )
-    model = fill(CLIPModel(config), name, list(HUB).index(name))
-    cut = dict(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
-    tokenizer = CLIPTokenizerFast.from_pretrained(hub / "words")
-    processor = CLIPProcessor(CLIPImageProcessor(**cut), tokenizer)
-    if full:
-        model.save_pretrained(snapshot(hub, HUB[name]), safe_serialization=True)
+    model = fill(transformers.CLIPModel(config), name, ["clipscore", "pickscore"].index(name))
+    tokenizer = transformers.CLIPTokenizerFast.from_pretrained(folder / "words")
+    process = transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32)
 
     def score(picture, prompt):
         options = dict(padding=True, truncation=True, max_length=77, return_tensors="pt")
-        image = model.get_image_features(**processor(images=picture, return_tensors="pt"))
+        image = model.get_image_features(**process(picture, return_tensors="pt"))
         text = model.get_text_features(**tokenizer(prompt, **options))
         image = image / torch.norm(image, dim=-1, keepdim=True)
         text = text / torch.norm(text, dim=-1, keepdim=True)
@@ -187,25 +147,17 @@ def clip(name, act, words, fill, table, hub, full):
     return table(score)
 
 
-def hpsv2(words, fill, table, hub, full):
+def hpsv2(words, fill, table, folder):
     """hpsv2/img_score.py, with the transform that its `light_augmentation` gives."""
-    import torch
     from hpsv2.src import open_clip
-    from hpsv2.src.open_clip import factory
     from hpsv2.src.open_clip.model import CLIP
     from hpsv2.src.open_clip.transform import image_transform
 
-    config = factory.get_model_config("ViT-H-14")
-    if not full:
-        vision = dict(image_size=32, layers=2, width=64, head_width=16, patch_size=8)
-        text = dict(context_length=77, vocab_size=words, width=64, heads=4, layers=2)
-        config = dict(embed_dim=48, vision_cfg=vision, text_cfg=text)
+    vision = dict(image_size=32, layers=2, width=64, head_width=16, patch_size=8)
+    text = dict(context_length=77, vocab_size=words, width=64, heads=4, layers=2)
+    config = dict(embed_dim=48, vision_cfg=vision, text_cfg=text)
     model = fill(CLIP(**config, output_dict=True), "hpsv2", 2)
-    side = config["vision_cfg"]["image_size"]
-    transform = image_transform(side, is_train=False, resize_longest_max=True)
-    if full:
-        saved = {"epoch": 1, "state_dict": model.state_dict()}
-        torch.save(saved, snapshot(hub, "xswu/HPSv2") / "HPS_v2.1_compressed.pt")
+    transform = image_transform(32, is_train=False, resize_longest_max=True)
 
     def score(picture, prompt):
         out = model(transform(picture)[None], open_clip.tokenize([prompt]))
@@ -214,31 +166,22 @@ def hpsv2(words, fill, table, hub, full):
     return table(score)
 
 
-def imagereward(words, fill, table, hub, full):
+def imagereward(words, fill, table, folder):
     """ImageReward.score; its constructor would ask the hub for BERT's vocabulary."""
-    import importlib
-
-    import torch
     from ImageReward.models.BLIP import blip_pretrain
     from ImageReward.models.BLIP.vit import VisionTransformer
-    from transformers import BertTokenizer
 
     package = importlib.import_module("ImageReward.ImageReward")  # hidden by a class of that name
-    blip_pretrain.init_tokenizer = lambda: BertTokenizer(str(hub / "vocab.txt"))
-    med = dict(vocab_size=30524, hidden_size=768, intermediate_size=3072, num_hidden_layers=12)
-    med |= dict(num_attention_heads=12, max_position_embeddings=512, layer_norm_eps=1e-12)
+    blip_pretrain.init_tokenizer = lambda: transformers.BertTokenizer(str(folder / "vocab.txt"))
+    med = dict(vocab_size=words + 2, hidden_size=64, intermediate_size=128, num_hidden_layers=2)
+    med |= dict(num_attention_heads=4, max_position_embeddings=64, layer_norm_eps=1e-12)
     med |= dict(hidden_act="gelu", pad_token_id=0, add_cross_attention=True, encoder_width=768)
-    if not full:
-        med |= dict(vocab_size=words + 2, hidden_size=64, intermediate_size=128)
-        med |= dict(num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)
-        shape = dict(img_size=32, patch_size=8, embed_dim=96, depth=2, num_heads=4)
-        blip_pretrain.create_vit = lambda *_: (VisionTransformer(**shape), 96)
-        package.MLP = lambda _, made=package.MLP: made(64)
-    (hub / "med_config.json").write_text(json.dumps(med))
-    model = fill(package.ImageReward(str(hub / "med_config.json")), "imagereward", 3)
-    model.preprocess = package._transform(224 if full else 32)
-    if full:
-        torch.save(model.state_dict(), snapshot(hub, "THUDM/ImageReward") / "ImageReward.pt")
+    shape = dict(img_size=32, patch_size=8, embed_dim=96, depth=2, num_heads=4)
+    blip_pretrain.create_vit = lambda *_: (VisionTransformer(**shape), 96)
+    package.MLP = lambda _, made=package.MLP: made(64)
+    (folder / "med_config.json").write_text(json.dumps(med))
+    model = fill(package.ImageReward(str(folder / "med_config.json")), "imagereward", 3)
+    model.preprocess = package._transform(32)
     return table(lambda picture, prompt: model.score(prompt, picture))
 
 
@@ -247,34 +190,11 @@ def clip_files(folder, vocabulary, merges):
     folder.mkdir(parents=True, exist_ok=True)
     numbered = {token: i for i, token in enumerate(vocabulary)}
     (folder / "vocab.json").write_text(json.dumps(numbered), encoding="utf-8")
-    lines = "\n".join(["#version: 0.2", *merges])
-    (folder / "merges.txt").write_text(lines, encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(["#version", *merges]), encoding="utf-8")
     settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return folder
-
-
-def declare_torchvision():
-    """torchvision built for another torch does not find its operators and then does not import.
-    No operator is needed here, only transforms: declare their names."""
-    import torch
-
-    library = torch.library.Library("torchvision", "DEF")
-    for name in (
-        "nms qnms roi_align _roi_align_backward qroi_align ps_roi_align _ps_roi_align_backward "
-        "roi_pool _roi_pool_backward ps_roi_pool _ps_roi_pool_backward deform_conv2d "
-        "_deform_conv2d_backward"
-    ).split():
-        library.define(f"{name}(Tensor x) -> Tensor")
-    declare_torchvision.kept = library
 
 
 if __name__ == "__main__":
-    import tempfile
-
-    if sys.argv[1:2] == ["--full"]:
-        Path(sys.argv[2]).mkdir()
-        (Path(sys.argv[2]) / "originals.json").write_text(json.dumps(make(sys.argv[2], True)))
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            STORED.write_text(json.dumps(make(folder, False), ensure_ascii=False))
+    with tempfile.TemporaryDirectory() as folder:
+        STORED.write_text(json.dumps(make(folder), ensure_ascii=False))

@@ -1,93 +1,45 @@
-"""A run of several processes gives the numbers of a run of one."""
+"""Several processes give the numbers of one."""
 
-import json
-import os
 import subprocess
 import sys
 
+import pytest
 import torch
-from conftest import MINIATURE, PROJECT, outcome
+from conftest import MINIATURE, PROJECT, lines
+from safetensors.torch import load_file
 
-import train
-from support import checkpoint
-
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT)}
-
-
-def torchrun(n, *command):
-    """Run a command on n processes: (exit code, their output)."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    done = subprocess.run(
-        [*launch, f"--nproc_per_node={n}", *map(str, command)],
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
-    return done.returncode, done.stdout
-
-
-PRIMITIVES = """
-import json, os, time
-import torch
-from support import distributed as d
-
-with d.group():
-    items = list(range(7))
-    result = {"rank": d.RANK, "gathered": d.gather([10 * i for i in d.mine(items)])}
-    result["few"] = d.gather([str(i) for i in d.mine(items[:1])])
-    tensor = torch.full((2,), 10.0**d.RANK, dtype=torch.float64)
-    d.total(tensor)
-    result["total"] = tensor.tolist()
-    with d.first_on_its_node():
-        time.sleep(0.5 * (d.LOCAL_RANK == 0))
-        result["time"] = time.monotonic()
-    d.say("once")
-os.write(1, f"RESULT{json.dumps(result)}\\n".encode())  # print would mix the lines of processes
-"""
-
-
-def test_items_are_shared_out_results_gathered_in_their_order_and_tensors_summed(tmp_path):
-    (tmp_path / "script.py").write_text(PRIMITIVES)
-    code, text = torchrun(3, tmp_path / "script.py")
-    results = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("RESULT")]
-    results.sort(key=lambda result: result["rank"])
-    assert code == 0 and [result["rank"] for result in results] == [0, 1, 2], text
-    for result in results:
-        assert result["gathered"] == [0, 10, 20, 30, 40, 50, 60] and result["few"] == ["0"]
-        assert result["total"] == [111, 111]
-    assert all(result["time"] >= results[0]["time"] for result in results)
-    assert text.count("once") == 1
-
-
-KILLED = """
-import os, signal, sys
 import train
 from support import distributed
 
-def killed(run, *rest):
-    if rest[-1] == 2 and distributed.RANK == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return update(run, *rest)
 
-update, train.update = train.update, killed
-sys.exit(train.main(sys.argv[1:]))
-"""
+def test_a_run_of_two_processes_with_unequal_shares_is_that_of_one(tmp_path):
+    """Gradients are summed in another order. In two steps AdamW and the rounding of merged weights
+    to BF16 make 1e-5 of that. Gradient checkpointing, in one of the two runs, changes no number."""
+    options = [*MINIATURE, "--prompts_per_step", "3", "--micro_batch", "3", "--output_dir"]
+    assert train.main([*options, str(tmp_path / "one"), "--gradient_checkpointing"]) == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launch, PROJECT / "train.py", *options, tmp_path / "two"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("explored in nvfp4") == 1  # only the first process speaks
+    for two, one in zip(lines(tmp_path / "two"), lines(tmp_path / "one"), strict=True):
+        assert two.keys() == one.keys()
+        for name in [name for name in one if not name.startswith("time/")]:
+            assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-4), name
+    two, one = (
+        load_file(next((tmp_path / name / "lora").glob("*.s*s"))) for name in ("two", "one")
+    )
+    difference = torch.cat([(two[name] - values).abs().flatten() for name, values in one.items()])
+    assert difference.mean() < 1e-5 and difference.max() < 1e-4
 
 
-def test_a_run_of_three_processes_one_of_which_dies_then_of_two_is_that_of_one(tmp_path):
-    options = [*MINIATURE, "--steps", "3", "--prompts_per_step", "4", "--micro_batch", "3"]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    assert train.main([*options, "--output_dir", str(tmp_path / "one")]) == 0
-    torch.set_num_threads(threads)
-
-    (tmp_path / "killed.py").write_text(KILLED)
-    folder = tmp_path / "many"
-    code, text = torchrun(3, tmp_path / "killed.py", *options, "--output_dir", folder)
-    assert code != 0 and text.count("explored in nvfp4") == 1, text
-    assert [step for step, _ in checkpoint.list_checkpoints(folder)] == [1, 2]
-    code, text = torchrun(2, PROJECT / "train.py", "--resume", folder)
-    assert code == 0, text
-    assert outcome(folder) == outcome(tmp_path / "one")
+@pytest.mark.parametrize("rank, order", [(2, ["load", "meet"]), (3, ["meet", "load"])])
+def test_on_each_computer_one_process_downloads_before_the_others(rank, order, monkeypatch):
+    """Here on the second of two computers, with two processes each."""
+    seen = []
+    monkeypatch.setattr(distributed, "RANK", rank)
+    monkeypatch.setattr(distributed, "LOCAL_RANK", rank - 2)
+    monkeypatch.setattr(distributed, "gather", lambda share: seen.append("meet"))
+    with distributed.first_on_its_node():
+        seen.append("load")
+    assert seen == order

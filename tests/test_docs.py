@@ -4,6 +4,7 @@ python tests/test_docs.py    # after a change of code: writes the README's line 
 """
 
 import ast
+import dataclasses
 import re
 import textwrap
 from pathlib import Path
@@ -14,9 +15,9 @@ PROJECT = Path(__file__).parent.parent
 README = PROJECT / "README.md"
 PAGES = [README, *sorted((PROJECT / "docs").glob("*.md"))]
 LINES = re.compile(r"(\[(\w+\.py)\]\(\2\) \| )(\d+)")  # of the table of files
-PLACE = re.compile(
-    r"((?:`\w+`(?:, )?)+) \| ((?:\[\w+\.py:\d+\]\(\S+\)(?:, )?)+) \|"
-)  # of the table of symbols
+# Of the table of symbols.
+PLACE = re.compile(r"((?:`\w+`(?:, )?)+) \| ((?:\[\w+\.py:\d+\]\(\S+\)(?:, )?)+) \|")
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
 def first_line(file, name):
@@ -37,8 +38,7 @@ def with_right_numbers(text):
     def place(match):
         names = re.findall(r"`(\w+)`", match[1])
         files = re.findall(r"\[(\w+\.py):\d+\]", match[2])
-        assert len(names) == len(files), match[0]
-        places = [(file, first_line(file, name)) for name, file in zip(names, files)]
+        places = [(f, first_line(f, name)) for name, f in zip(names, files, strict=True)]
         links = [f"[{file}:{line}]({file}#L{line})" for file, line in places]
         return f"{match[1]} | {', '.join(links)} |"
 
@@ -56,12 +56,6 @@ def anchors(page):
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def code_blocks(page, language):
-    return re.findall(
-        rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE
-    )
-
-
 def test_the_readme_is_short_and_its_line_numbers_are_right():
     text = README.read_text()
     assert len(text.splitlines()) <= 180 and len(text.split()) <= 2000
@@ -69,7 +63,7 @@ def test_the_readme_is_short_and_its_line_numbers_are_right():
     assert text == with_right_numbers(text), "run python tests/test_docs.py"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@every_page
 def test_links_and_paths_exist(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
         if not target.startswith("http"):
@@ -81,32 +75,18 @@ def test_links_and_paths_exist(page):
         assert (PROJECT / path).exists(), path
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@every_page
 def test_python_blocks_compile(page):
-    for code in code_blocks(page, "python"):
+    for code in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
         # As the body of a function, because an excerpt may return.
         compile("def block():\n" + textwrap.indent(code, "    "), page.name, "exec")
 
 
-def test_each_excerpt_is_a_copy_of_lines_of_the_function_that_it_names():
-    blocks = code_blocks(PROJECT / "docs" / "walkthrough.md", "python")
-    assert blocks
-    for block in blocks:
-        head, _, excerpt = block.partition("\n")
-        file, function = re.fullmatch(r"# (\w+\.py), (\w+)", head).groups()
-        source = (PROJECT / file).read_text()
-        (node,) = [n for n in ast.walk(ast.parse(source)) if getattr(n, "name", "") == function]
-        lines, n = source.splitlines()[node.lineno - 1 : node.end_lineno], excerpt.count("\n")
-        parts = [textwrap.dedent("\n".join(lines[i : i + n])) for i in range(len(lines))]
-        assert excerpt.rstrip() in parts, f"not in {file}, {function}:\n{excerpt}"
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@every_page
 def test_commands_of_train_name_options_that_exist(page):
     import train
-    from support.options import OPTIONS
 
-    names = {"help", *OPTIONS, *(f"no-{name}" for name in OPTIONS)}
+    names = {"help", *(field.name for field in dataclasses.fields(train.Config) if field.init)}
     for line in re.findall(r"(train\.py --[^#`\n]*)", page.read_text()):
         for option in re.findall(r"--([\w-]+)", line):
             assert option in names, line

@@ -14,13 +14,15 @@ import sys
 import tempfile
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
+import transformers
 from conftest import MINIATURE, PROJECT
 from torch.nn.functional import logsigmoid
 
 import rollout
-from support.options import Config
+import support
 from support.world import TINY
 
 SOLUTIONS = sorted((PROJECT / "tests" / "exercises").glob("[0-9]*"))
@@ -41,17 +43,15 @@ def small_run(train, *options):
     return train.Run(train.parse_options([*MINIATURE, *options]))
 
 
-def rules(folder):
-    return load(folder, "select").RULES
+def rule(folder, name):
+    return load(folder, "select").RULES[name]
 
 
-def algorithm(folder, name):
-    return load(folder, "train").ALGORITHMS[name]
-
-
-def numbers(stages):
-    """What a list of stages says, without the stages' names."""
-    return [tuple(stage)[1:] for stage in stages]
+def algorithm(folder, name, **options):
+    """(the pool, what the stages say but their names) of an algorithm with these options."""
+    train = load(folder, "train")
+    pool, stages = train.ALGORITHMS[name](train.Config(**options))
+    return pool, [tuple(stage)[1:] for stage in stages]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -60,43 +60,33 @@ def numbers(stages):
 
 def check_1(folder):
     assert (folder / "mine.py").exists(), "there is no mine.py beside train.py"
-    score = load(folder, "mine").symmetry
     half = torch.zeros(1, 3, 4, 4)
     half[..., 2:] = 1  # black on the left, white on the right
-    image = torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    images = torch.cat([half, image, (image + image.flip(-1)) / 2])
-    scores = torch.as_tensor(score(images, ["a ring"] * 3, [{}] * 3))
-    assert scores.shape == (3,), "one score for each image"
-    difference = (image - image.flip(3)).abs().mean()
-    assert scores[0] == -1 and torch.isclose(scores[1], -difference), "minus the mean difference"
-    assert scores[2] == 0, "this picture equals its mirror image"
+    images = torch.cat([half, 0.5 * half, half + half.flip(3)])
+    scores = torch.as_tensor(load(folder, "mine").symmetry(images, ["a ring"] * 3, [{}] * 3))
+    assert scores.tolist() == [-1, -0.5, 0], "minus the mean difference from the mirror image"
 
 
 def check_2(folder):
-    rule = rules(folder)["even_ranks"]
-    rewards = [5.0, 1.0, 3.0, 2.0, 4.0]
-    assert sorted(rule(rewards, 3)) == [0, 1, 2], "of 5 candidates those of rank 1, 3 and 5"
-    assert sorted(rule(rewards, 2)) == [0, 1], "both the best and the worst"
-    assert sorted(rule(range(9), 5)) == [0, 2, 4, 6, 8], "evenly spaced"
-    assert len(rule(rewards, 1)) == 1, "k = 1"
-    for n in range(1, 30):
-        for k in range(1, n + 1):
-            assert len(set(rule(torch.arange(n), k))) == k, f"{k} different indices of {n}"
+    even_ranks, rewards = rule(folder, "even_ranks"), [5.0, 1.0, 3.0, 2.0, 4.0]
+    assert sorted(even_ranks(rewards, 3)) == [0, 1, 2], "of 5 candidates those of rank 1, 3 and 5"
+    assert sorted(even_ranks(rewards, 2)) == [0, 1], "both the best and the worst"
+    assert sorted(even_ranks(range(9), 5)) == [0, 2, 4, 6, 8], "evenly spaced"
+    for n, k in [(n, k) for n in range(1, 30) for k in range(1, n + 1)]:
+        assert len(set(even_ranks(range(n), k))) == k, f"{k} different indices of {n}"
     with pytest.raises(ValueError):
-        rule([1.0, float("nan")], 1)
+        even_ranks([1.0, float("nan")], 1)
 
 
 def check_3(folder):
-    pool, stages = algorithm(folder, "no_regeneration")(Config())
-    assert pool == 96 and numbers(stages) == [("nvfp4", 6, 24)], "draws 96, keeps 24"
-    other = Config(pool=40, keep=10, explore_steps=4, precision="fp8")
-    pool, stages = algorithm(folder, "no_regeneration")(other)
-    assert pool == 40 and numbers(stages) == [("fp8", 4, 10)], "as the options say"
+    name = "no_regeneration"
+    assert algorithm(folder, name) == (96, [("nvfp4", 6, 24)]), "draws 96, keeps 24"
+    other = dict(pool=40, keep=10, explore_steps=4, precision="fp8")
+    assert algorithm(folder, name, **other) == (40, [("fp8", 4, 10)]), "as the options say"
 
 
 def check_4(folder):
-    rule = rules(folder)["best_only"]
-    assert sorted(rule([5.0, 1.0, 3.0, 2.0, 4.0], 3)) == [0, 2, 4]
+    assert sorted(rule(folder, "best_only")([5.0, 1.0, 3.0, 2.0, 4.0], 3)) == [0, 2, 4]
 
 
 def check_5(folder):
@@ -104,10 +94,10 @@ def check_5(folder):
     run = small_run(train)
     before = [p.clone() for p in run.policies["default"]]
     train.iteration(run, 0)
-    assert not all(map(torch.equal, before, run.policies["default"])), "the policy must learn"
-    equal = all(map(torch.equal, run.policies["old"], run.policies["default"]))
-    assert equal, "the old policy must be the policy"
-    assert not all(map(torch.equal, run.policies["ema"], run.policies["default"])), "not the EMA"
+    others = {"before": before, "old": run.policies["old"], "ema": run.policies["ema"]}
+    equal = {n: all(map(torch.equal, run.policies["default"], p)) for n, p in others.items()}
+    assert not equal["before"], "the policy must learn"
+    assert equal["old"] and not equal["ema"], "the old policy must be the policy, not the EMA"
 
 
 def check_6(folder):
@@ -147,12 +137,11 @@ def check_7(folder):
 
 
 def check_8(folder):
-    train = load(folder, "train")
-    pool, stages = algorithm(folder, "three_stages")(Config())
     expected = [("nvfp4", 2, 48), ("nvfp4", 6, 24), ("bf16", 10, None)]
-    assert pool == 96 and numbers(stages) == expected
-    _, stages = algorithm(folder, "three_stages")(Config(precision="fp8"))
-    assert [stage.precision for stage in stages] == ["fp8", "fp8", "bf16"], "as the option says"
+    assert algorithm(folder, "three_stages") == (96, expected)
+    _, stages = algorithm(folder, "three_stages", precision="fp8")
+    assert [precision for precision, *_ in stages] == ["fp8", "fp8", "bf16"], "as the option says"
+    train = load(folder, "train")
     run = small_run(train, *"--algorithm three_stages --pool 8 --keep 2".split())
     _, kept = train.iteration(run, 0)
     assert [len(candidates.seeds) for candidates in kept] == [4, 2, 2]
@@ -161,57 +150,51 @@ def check_8(folder):
 
 def check_9(folder):
     train = load(folder, "train")
-    one = torch.ones(2, 1, 1, 1)
-    x_t, x_0, t, advantages = one, 0 * one, torch.tensor([0.5, 0.5]), torch.tensor([1.0, -1.0])
-
-    def loss(v):
-        # The last argument weights a KL term, which dpo_loss has not; v_old is not v_ref.
-        return train.dpo_loss(v, v + 7, 0 * v, x_t, x_0, t, advantages, 1.0, 5.0, 9.0)[0]
-
-    assert torch.allclose(loss(0 * one), torch.tensor(2.0).log()), "no preference yet: log 2"
-    v = torch.zeros(2, 1, 1, 1, requires_grad=True)
-    loss(v).backward()
-    # v = 2 gives x_0 here: towards it for the better sample, away from it for the worse.
-    assert v.grad[0] < 0 < v.grad[1] and torch.equal(v.grad[0], -v.grad[1])
     g = torch.Generator().manual_seed(0)
     v, v_ref, x_t, x_0 = (0.1 * torch.randn(3, 2, 2, 2, generator=g) for _ in range(4))
     t, advantages = torch.tensor([0.2, 0.5, 0.9]), torch.tensor([1.0, -1.0, 0.5])
+
+    def loss(v, advantages):
+        # The last argument weights a KL term, which dpo_loss has not; v_old is not v_ref.
+        return train.dpo_loss(v, v + 7, v_ref, x_t, x_0, t, advantages, 1.0, 5.0, 9.0)[0]
+
+    assert torch.allclose(loss(v_ref, advantages), torch.tensor(2.0).log()), "no preference: log 2"
     before, after = (
         ((x_t - t.reshape(3, 1, 1, 1) * u - x_0) ** 2).mean(dim=(1, 2, 3)) for u in (v_ref, v)
     )
     gain, (i, j) = before - after, ([0, 0, 2], [1, 2, 1])  # the pairs with A_i > A_j
     expected = -logsigmoid(100 * (gain[i] - gain[j])).mean()
-    got, _ = train.dpo_loss(v, v + 7, v_ref, x_t, x_0, t, advantages, 1.0, 5.0, 9.0)
-    assert torch.isclose(got, expected), "the mean over all pairs"
-    alone = train.dpo_loss(v, v, v, x_t, x_0, t, 0 * advantages, 1.0, 5.0, 0.0)[0]
-    assert alone == 0, "no pair of different advantages: 0, not NaN"
+    assert torch.isclose(loss(v, advantages), expected), "the mean over all pairs"
+    learning = v.clone().requires_grad_()
+    loss(learning, advantages).backward()
+    assert learning.grad.any(), "gradients flow through v"
+    assert loss(v, 0 * advantages) == 0, "no pair of different advantages: 0, not NaN"
     assert "dpo_loss" in train.pairs_loss.__code__.co_names, "pairs_loss must call it"
 
 
 def check_10(folder):
     train = load(folder, "train")
     run = small_run(train, "--prompts_per_step", "2")
-    trained, pairs_loss = [], train.pairs_loss
-
-    def trained_with(spread_of_first, spread_of_second):
-        def scripted(images, prompts, metadata):
-            spread = spread_of_first if prompts[0] == first else spread_of_second
-            return spread * torch.linspace(0, 1, len(images))
-
-        trained.clear()
-        run.reward.parts = [("scripted", 1.0, scripted)]
-        train.iteration(run, 0)
-        return {texts.index(embeds.tolist()) for embeds in trained}
+    indices = train.step_prompts(run.config, len(run.train.prompts), 0)
+    prompts = [run.train.prompts[index] for index in indices]
+    texts, pairs_loss, trained = run.model.encode(prompts).embeds.tolist(), train.pairs_loss, set()
 
     def recorded(config, model, text, *tensors):
-        trained.append(text.embeds[0])
+        trained.add(texts.index(text.embeds[0].tolist()))
         return pairs_loss(config, model, text, *tensors)
 
-    train.pairs_loss, prompts = recorded, [run.train.prompts[i] for i in run.prompts_of(0)]
-    first, texts = prompts[0], run.model.encode(prompts).embeds.tolist()
-    assert trained_with(0.04, 1) == {1}, "0.04 is less than a tenth of the mean"
-    assert trained_with(0.06, 1) == {0, 1}, "0.06 is more than a tenth of the mean"
-    assert trained_with(0, 0) == {0, 1}, "without any spread all prompts are kept"
+    train.pairs_loss = recorded
+    for spreads, expected, reason in (
+        ((0.04, 1), {1}, "0.04 is less than a tenth of the mean"),
+        ((0.06, 1), {0, 1}, "0.06 is more than a tenth of the mean"),
+        ((0, 0), {0, 1}, "without any spread all prompts are kept"),
+    ):
+        spread = dict(zip(prompts, spreads))
+        scripted = lambda images, of, _: spread[of[0]] * torch.linspace(0, 1, len(of))  # noqa
+        run.reward.parts = [("scripted", 1.0, scripted)]
+        trained.clear()
+        train.iteration(run, 0)
+        assert trained == expected, reason
 
 
 def check_11(folder):
@@ -224,20 +207,19 @@ def check_11(folder):
 
 def check_12(folder):
     module = load(folder / "support", "models")
-    with tempfile.TemporaryDirectory() as tiny:
+    with tempfile.TemporaryDirectory() as tiny, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(support, "models", module)
         auraflow().save_pretrained(tiny)
         model = module.load("auraflow", tiny, 32, dtype=torch.float32)
+        (Path(tiny) / "mine.py").write_text("def red(images, *_): return images[:, 0, 0, 0]")
+        options = (
+            f"--model auraflow --pretrained {tiny} --resolution 32 --reward {tiny}/mine.py:red"
+        )
         train = load(folder, "train")
-        train.models = module
-        code = "def bright(images, prompts, metadata): return images.mean(dim=(1, 2, 3))"
-        (Path(tiny) / "mine.py").write_text(code)
-        options = f"--model auraflow --pretrained {tiny} --resolution 32"
-        options += f" --reward {tiny}/mine.py:bright"
         run = small_run(train, *options.split())
     # The sampler gives what diffusers' own pipeline gives for the same noise.
     noise = rollout.initial_noise([1, 2], model.latent_shape)
-    text = model.encode(["a red ring"]).take([0, 0])
-    got = rollout.sample(model, model.transformer, text, noise, 4)
+    got = rollout.sample(model, model.transformer, model.encode(["a red ring"]), noise, 4)
     model.pipe.set_progress_bar_config(disable=True)
     options = dict(height=32, width=32, num_images_per_prompt=2, output_type="latent")
     options |= dict(guidance_scale=1.0, num_inference_steps=4, latents=noise)
@@ -254,23 +236,21 @@ def check_12(folder):
 
 def auraflow():
     """A tiny AuraFlow pipeline of random weights."""
-    import diffusers
-    import transformers
-
     torch.manual_seed(0)
     tokenizer = transformers.AutoTokenizer.from_pretrained(TINY / "sd3" / "tokenizer_3")
     sizes = dict(d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4)
-    encoder = transformers.UMT5EncoderModel(
-        transformers.UMT5Config(vocab_size=len(tokenizer), **sizes)
-    )
+    config = transformers.UMT5Config(vocab_size=len(tokenizer), **sizes)
     channels = dict(latent_channels=4, block_out_channels=(8, 8, 8), norm_num_groups=2)
     down, up = ["DownEncoderBlock2D"] * 3, ["UpDecoderBlock2D"] * 3
-    vae = diffusers.AutoencoderKL(down_block_types=down, up_block_types=up, **channels)
     sizes = dict(num_mmdit_layers=1, num_single_dit_layers=1, attention_head_dim=16)
     sizes |= dict(num_attention_heads=2, caption_projection_dim=32, joint_attention_dim=32)
-    network = diffusers.AuraFlowTransformer2DModel(sample_size=8, pos_embed_max_size=64, **sizes)
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.73)
-    return diffusers.AuraFlowPipeline(tokenizer, encoder, vae, network, scheduler)
+    return diffusers.AuraFlowPipeline(
+        tokenizer,
+        transformers.UMT5EncoderModel(config),
+        diffusers.AutoencoderKL(down_block_types=down, up_block_types=up, **channels),
+        diffusers.AuraFlowTransformer2DModel(sample_size=8, pos_embed_max_size=64, **sizes),
+        diffusers.FlowMatchEulerDiscreteScheduler(shift=1.73),
+    )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -281,40 +261,31 @@ def check(number, folder):
     globals()[f"check_{number}"](folder)
 
 
-def copy_of_the_files(folder):
-    (folder / "support").mkdir()
-    for name in FILES:
-        shutil.copy(PROJECT / name, folder / name)
-    return folder
-
-
 def changed_lines(solution):
-    """The lines that a patch adds or removes, or all lines of a file."""
+    """The number of lines that a patch adds or removes, or of all lines of a file."""
     lines = solution.read_text().splitlines()
-    if solution.suffix == ".py":
-        return len(lines)
-    return sum(re.match(r"[+-](?!\+\+ |-- )", line) is not None for line in lines)
-
-
-def number_of(solution):
-    return int(solution.name[:2])
+    changed = [line for line in lines if re.match(r"[+-](?!\+\+ |-- )", line)]
+    return len(lines if solution.suffix == ".py" else changed)
 
 
 @pytest.mark.parametrize("solution", SOLUTIONS, ids=lambda path: path.stem)
 def test_a_solution_passes_its_check_and_the_unchanged_files_do_not(solution, tmp_path):
-    folder, number = copy_of_the_files(tmp_path), number_of(solution)
+    (tmp_path / "support").mkdir()
+    for name in FILES:
+        shutil.copy(PROJECT / name, tmp_path / name)
+    number = int(solution.name[:2])
     with pytest.raises((AssertionError, AttributeError, LookupError, OSError)):
-        check(number, folder)
+        check(number, tmp_path)
     if solution.suffix == ".py":
-        shutil.copy(solution, folder / "mine.py")
+        shutil.copy(solution, tmp_path / "mine.py")
     else:
-        subprocess.run(["git", "apply", solution], cwd=folder, check=True)
-    check(number, folder)
+        subprocess.run(["git", "apply", solution], cwd=tmp_path, check=True)
+    check(number, tmp_path)
 
 
 def test_the_page_has_every_exercise_with_the_lines_of_its_solution():
     stated = re.findall(r"^## (\d+)\.[\s\S]*?\*\*Lines:\*\* (\d+), at most (\d+)", PAGE, re.M)
-    expected = [(str(number_of(path)), str(changed_lines(path))) for path in SOLUTIONS]
+    expected = [(str(int(path.name[:2])), str(changed_lines(path))) for path in SOLUTIONS]
     assert [(number, lines) for number, lines, _ in stated] == expected
     for number, lines, limit in stated:
         assert int(lines) <= int(limit) == {8: 20, 12: 60}.get(int(number), 15)

@@ -11,8 +11,6 @@ paper's equations, one sample at a time) and its own gradient (the chain rule th
 it computes of the update it computes in float64.
 """
 
-import dataclasses
-import itertools
 import types
 from dataclasses import dataclass, field
 
@@ -21,7 +19,15 @@ import torch
 from conftest import MODEL_NAMES, PROJECT, load
 
 import train
-from rollout import Candidates, candidate_seeds, initial_noise, sample, sampling_times, sync
+from rollout import (
+    Candidates,
+    candidate_seeds,
+    evaluation_seeds,
+    initial_noise,
+    sample,
+    sampling_times,
+    sync,
+)
 from support import models
 
 RANK, SEED, STEP = 16, 7, 3
@@ -128,8 +134,8 @@ class Recording:
 def prepared(algorithm="sol_rl", options=(), min_dim=UNQUANTIZED):
     """A run of SANA whose four policies differ, in float32."""
     config = train.parse_options(["--algorithm", algorithm, *OPTIONS, *options])
-    constants = dict(adv_clip=A_MAX, nft_beta=BETA, eval_images=2, min_dim=min_dim)
-    run = train.Run(dataclasses.replace(config, **constants))
+    config.adv_clip, config.nft_beta, config.eval_images, config.min_dim = A_MAX, BETA, 2, min_dim
+    run = train.Run(config)
     run.model.transformer.float()
     for precision, merged in run.copies.items():
         if precision == "bf16" or min_dim == UNQUANTIZED:
@@ -144,7 +150,8 @@ def prepared(algorithm="sol_rl", options=(), min_dim=UNQUANTIZED):
 def scripted(run, rewards):
     """Let the run's reward hand out these numbers in turn."""
     numbers = iter([float(r) for row in rewards for r in row])
-    run.reward.parts = [("scripted", 1.0, lambda i, p, m: [next(numbers) for _ in p])]
+    part = ("scripted", 1.0, lambda i, p, m: [next(numbers) for _ in p])
+    run.reward.parts = run.eval_reward.parts = [part]
 
 
 def iterate(run, step, rewards):
@@ -198,12 +205,11 @@ def recordings():
     """(A run of an algorithm, its recorded iterations STEP and STEP + 1), made when asked for."""
     made = {}
 
-    def get(algorithm, *options):
-        key = algorithm, *options
-        if key not in made:
-            run = prepared(algorithm, options)
-            made[key] = run, [iterate(run, STEP + i, POOLS[algorithm]) for i in range(2)]
-        return made[key]
+    def get(algorithm):
+        if algorithm not in made:
+            run = prepared(algorithm)
+            made[algorithm] = run, [iterate(run, STEP + i, POOLS[algorithm]) for i in range(2)]
+        return made[algorithm]
 
     return get
 
@@ -224,13 +230,17 @@ class Rollout:
     times: list
 
 
+def prompts_of(run, step):
+    return train.step_prompts(run.config, len(run.train.prompts), step)
+
+
 def rollouts(run, seen, naive):
     """The rollouts of a recorded iteration, micro-batches joined."""
-    found, rows = [], run.prompts_of(seen.step)
+    found, rows = [], prompts_of(run, seen.step)
     texts = run.model.encode([run.train.prompts[row] for row in rows])
     for (by_explorer, x_t, t, text, _), policy in zip(seen.calls, policies(seen, naive)):
         same = [torch.equal(text.embeds[0], e) for e in texts.embeds]
-        assert sum(same) == 1 and all(torch.equal(e, text.embeds[0]) for e in text.embeds)
+        assert sum(same) == len(text.embeds) == 1
         row, time = rows[same.index(True)], float(t[0])
         if time == 1 and found and (found[-1].row, found[-1].by_explorer) == (row, by_explorer):
             found[-1].noise = torch.cat([found[-1].noise, x_t])
@@ -246,14 +256,13 @@ def policies(seen, naive):
     """The policy that each recorded call is of: the one whose velocity, by the naive computation,
     is the recorded one."""
     names = [None] * len(seen.calls)
-    choices = itertools.product((seen.before | {"base": {}}).items(), (True, False))
-    for (name, pairs), merged in choices:
-        naive.become(pairs, merged)
+    for name, pairs in (seen.before | {"base": {}}).items():
+        naive.become(pairs, merged=True)
         for i, (_, x_t, t, text, v) in enumerate(seen.calls):
             # The first is tried alone: if it is not of this policy the others need not be.
             if torch.allclose(naive.velocity(x_t, t, text), v, atol=1e-4):
                 names[i] = name
-            elif i == 0 and merged:
+            elif i == 0:
                 break
     return names
 
@@ -271,15 +280,12 @@ def policies(seen, naive):
         ("diffusionnft", [(False, 4, 5)]),
     ],
 )
-@pytest.mark.parametrize("memory", ["--no-low_memory", "--low_memory"])
-def test_the_old_policy_draws_what_the_algorithm_says(algorithm, stages, memory, recordings, naive):
-    """In both iterations: the copies are given the old policy's weights at each. With --low_memory
-    there is no BF16 copy."""
-    run, iterations = recordings(algorithm, memory)
-    assert ("bf16" in run.copies) == (memory == "--no-low_memory")
+def test_the_old_policy_draws_what_the_algorithm_says(algorithm, stages, recordings, naive):
+    """In both iterations: the copies are given the old policy's weights at each."""
+    run, iterations = recordings(algorithm)
     for seen in iterations:
         drawn = rollouts(run, seen, naive)
-        rows = run.prompts_of(seen.step)
+        rows = prompts_of(run, seen.step)
         assert [r.row for r in drawn] == [row for row in rows for _ in stages]
         for r, (by_explorer, candidates, steps) in zip(drawn, 2 * stages):
             assert (r.policy, r.by_explorer, len(r.noise)) == ("old", by_explorer, candidates)
@@ -288,7 +294,7 @@ def test_the_old_policy_draws_what_the_algorithm_says(algorithm, stages, memory,
 
 
 def test_the_kept_seeds_are_drawn_again_from_the_same_noise_in_the_same_order(recordings, naive):
-    run, iterations = recordings("sol_rl", "--no-low_memory")
+    run, iterations = recordings("sol_rl")
     for seen in iterations:
         drawn = rollouts(run, seen, naive)
         for explored, regenerated, kept in zip(drawn[0::2], drawn[1::2], KEPT):
@@ -418,7 +424,7 @@ def test_velocities_of_the_three_policies_and_the_gradient_are_the_naive_ones(re
     run, iterations = recordings("sol_rl")
     naive = Naive(dtype=torch.float64)
     for seen in iterations:
-        rows = run.prompts_of(seen.step)
+        rows = prompts_of(run, seen.step)
         losses = [(i, loss) for (i, _), part in trained(run, seen).items() for loss in part]
         v, v_old, v_ref, x_t, x_0, t, advantages = (
             torch.stack(parts) for parts in zip(*[loss for _, loss in losses])
@@ -492,16 +498,13 @@ def updated():
     x_0 = [torch.randn(4, *run.model.latent_shape, generator=g) for _ in range(2)]
 
     def update(**options):
-        run.config = dataclasses.replace(run.config, **options)
+        vars(run.config).update(options)
         policy, seen = models.lora_parameters(run.model.transformer, "default"), []
         hook = run.optimizer.register_step_pre_hook(
             lambda *_: seen.append(torch.cat([p.grad.flatten() for p in policy]))
         )
-        samples = [
-            Candidates(i, texts.take(i), [0] * 4, x_0[i], {}, torch.tensor(ADVANTAGES[i]))
-            for i in range(2)
-        ]
-        metrics = train.update(run, samples, STEP)
+        samples = [Candidates([i] * 4, texts.take(i), [0] * 4, x_0[i]) for i in range(2)]
+        metrics = train.update(run, samples, torch.tensor(ADVANTAGES), STEP)
         hook.remove()
         return seen[0], metrics["grad_norm"]
 
@@ -639,15 +642,15 @@ def recorded(run, function):
 
 def test_the_ema_policy_is_evaluated_from_noise_that_no_seed_changes(naive):
     """Two images of each held-out prompt, each from its own noise, with its prompt's text, at
-    eval_steps steps; the reward of a prompt is the mean of its two."""
+    eval_steps steps."""
     noises = []
-    for seed, memory in (("0", "--no-low_memory"), ("1", "--low_memory")):
-        run = prepared(options=["--seed", seed, "--micro_batch", "5", memory])
+    for seed in ("0", "1"):
+        run = prepared(options=["--seed", seed, "--micro_batch", "5"])
         scripted(run, [range(100)])
-        calls, scores = recorded(run, train.evaluate)
+        calls, drawn = recorded(run, train.evaluate)
         n = len(run.held_out.prompts)
         assert len(calls) == 3 * -(-2 * n // 5)
-        naive.become(lora(run.model.transformer, "ema"), merged=memory == "--no-low_memory")
+        naive.become(lora(run.model.transformer, "ema"), merged=True)
         for x_t, t, text, v in calls[:3]:
             assert torch.allclose(naive.velocity(x_t, t, text), v, atol=1e-4)
         assert [float(t[0]) for _, t, _, _ in calls[:3]] == pytest.approx(
@@ -658,47 +661,19 @@ def test_the_ema_policy_is_evaluated_from_noise_that_no_seed_changes(naive):
         rows = [i for i in range(n) for _ in range(2)]
         expected = run.model.encode(run.held_out.prompts).take(rows)
         assert torch.equal(texts, expected.embeds)
-        assert scores["weighted_sum"] == [2 * i + 0.5 for i in range(n)]
+        assert drawn.indices == rows and drawn.rewards.tolist() == list(range(2 * n))
+        assert drawn.seeds == [seed for i in range(n) for seed in evaluation_seeds(i, 2)]
     assert torch.equal(*noises) and len({tuple(x.flatten().tolist()) for x in noises[0]}) == 2 * n
-
-
-def test_before_and_after_differ_in_the_policy_alone(naive):
-    """Of each prompt, the first image of its evaluation: by the base model, then by the EMA."""
-    run = prepared(options=["--low_memory"])
-    scripted(run, [range(100)])
-    calls, (prompts, rows) = recorded(run, train.before_after)
-    n = len(run.held_out.prompts)
-    assert prompts == run.held_out.prompts
-    assert [label for label, *_ in rows] == ["base model", f"after {run.config.steps} steps"]
-    noises = [
-        initial_noise(candidate_seeds(0, train.EVALUATION, i, 2)[:1], run.model.latent_shape)
-        for i in range(n)
-    ]
-    pairs = {"base": {}, "ema": lora(run.model.transformer, "ema")}
-    for policy, (_, images, scores) in zip(pairs, rows):
-        naive.become(pairs[policy])
-        for i in range(0, n, 3):  # a micro-batch
-            (x_t, t, text, v), *rest = calls[:3]
-            assert torch.equal(x_t, torch.cat(noises[i : i + 3])) and (t == 1).all()
-            assert torch.allclose(naive.velocity(x_t, t, text), v, atol=1e-4)
-            batch = range(n)[i : i + 3]
-            assert torch.equal(text.embeds, run.model.encode(prompts).take(batch).embeds)
-            del calls[:3]
-        assert len(images) == n
-    assert calls == [] and rows[1][2]["weighted_sum"].tolist() == [n + i for i in range(n)]
 
 
 def test_a_pass_over_the_prompts_takes_each_once_in_an_order_of_its_own():
     """28 training prompts, 5 a step: in 5 steps 25 different ones; the next pass is another."""
-    run = types.SimpleNamespace(config=train.parse_options([*OPTIONS, "--prompts_per_step", "5"]))
-    run.train, _, _ = train.split_prompts(run.config.prompts, "", [], [])
-    n = len(run.train.prompts)
-    assert n // 5 == 5
-    passes = [[train.Run.prompts_of(run, 5 * i + j) for j in range(5)] for i in range(2)]
+    c = train.parse_options([*OPTIONS, "--prompts_per_step", "5"])
+    passes = [[train.step_prompts(c, 28, 5 * i + j) for j in range(5)] for i in range(2)]
     for steps in passes:
         rows = [row for step in steps for row in step]
         assert [len(step) for step in steps] == [5] * 5
-        assert len(set(rows)) == 25 and set(rows) <= set(range(n)) and rows != sorted(rows)
+        assert len(set(rows)) == 25 and set(rows) <= set(range(28)) and rows != sorted(rows)
     assert passes[0] != passes[1]
-    run.config.seed += 1
-    assert train.Run.prompts_of(run, 0) != passes[0][0]
+    c.seed += 1
+    assert train.step_prompts(c, 28, 0) != passes[0][0]

@@ -4,102 +4,85 @@ import json
 
 import pytest
 
-import train
 from support.errors import InputError
 from support.prompts import Prompts, read_prompts, split_prompts
 
-BAD_FILES = {
-    "EMPTY": b"\n \n",
-    "LATIN1": "caf\xe9".encode("latin-1"),
-    "BROKEN.jsonl": b'{"prompt": "a"}\n{"prompt": \n',
-    "LIST.jsonl": b"[1]\n",
-    "NUMBER.jsonl": b'{"prompt": 1}\n',
-    "NONE.jsonl": b'{"text": "a"}\n',
-}
+GENEVAL = b'{"prompt": "a red ring", "tag": "colors"}\n{"prompt": "a cross"}\n'
 
 
 @pytest.mark.parametrize(
-    "path, says",
+    "name, content, says",
     [
-        ("missing.txt", "missing.txt: cannot be read as UTF-8 text: [Errno 2]"),
-        ("FOLDER", "Is a directory"),
-        ("a\0b", "embedded null byte"),
-        ("LATIN1", "cannot be read as UTF-8 text"),
-        ("EMPTY", "EMPTY: has no prompt"),
-        ("BROKEN.jsonl", "BROKEN.jsonl, line 2: must be a JSON object whose 'prompt' is a text"),
-        ("LIST.jsonl", "LIST.jsonl, line 1"),
-        ("NUMBER.jsonl", "NUMBER.jsonl, line 1"),
-        ("NONE.jsonl", "NONE.jsonl, line 1"),
+        ("missing.txt", None, "cannot be read as UTF-8 text: [Errno 2]"),
+        ("latin1.txt", "caf\xe9".encode("latin-1"), "cannot be read as UTF-8 text"),
+        ("empty.txt", b"\n \n", "has no prompt"),
+        ("broken.jsonl", b'{"prompt": "a"}\n{"prompt": \n', "line 2: has no valid 'prompt'"),
+        ("number.jsonl", b'{"prompt": 1}\n', "line 1: "),
+        ("array.jsonl", b'[{"prompt": "a red ring"}]', "line 1: "),
+        ("capital.jsonl", b'{"Prompt": "a red ring"}', "line 1: "),
+        ("halfemoji.jsonl", rb'{"prompt": "a cat \ud83d", "n": 1}', "line 1: "),
+        ("hps.json", b'[\n "a red ring"\n]', "line 1: looks like JSON or a table; give a .txt"),
+        ("drawbench.csv", b"Prompts,Category\na red ring,Colors\n", "line 1: looks like"),
+        ("parti.TSV", b"Prompt\tCategory\na red ring\tAbstract\n", "line 1: looks like"),
+        ("geneval.jsonl.txt", GENEVAL, "line 1: looks like"),
     ],
 )
-def test_a_bad_prompts_file_is_one_line(path, says, tmp_path, monkeypatch):
-    for name, content in BAD_FILES.items():
-        (tmp_path / name).write_bytes(content)
-    (tmp_path / "FOLDER").mkdir()
-    monkeypatch.chdir(tmp_path)
+def test_a_bad_prompts_file_is_one_line(name, content, says, tmp_path):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
     for option, files in (("--prompts", (path, "")), ("--eval_prompts", ("", path))):
         with pytest.raises(InputError) as error:
             split_prompts(*files, ["a cat"], ["a dog"])
-        assert says in str(error.value) and str(error.value).startswith(f"{option} {path}")
+        assert str(error.value).startswith(f"{option} {path}") and says in str(error.value)
         assert "\n" not in str(error.value)
 
 
-def test_prompts_files(tmp_path):
-    path = tmp_path / "p.jsonl"
-    path.write_text('{"prompt": " a", "n": 1}\n\n{"prompt": "b"}\n{"n": 1, "prompt": "a"}\n')
-    prompts, metadata, notes = read_prompts(path)
-    assert (prompts, metadata) == (["a", "b"], [{"n": 1}, {}])
-    assert notes == [f"{path}: 1 repeated lines are used once"]
-    path.write_text('{"prompt": "a", "n": 1}\n{"prompt": "a", "n": 2}\n')
-    assert read_prompts(path) == (["a", "a"], [{"n": 1}, {"n": 2}], [])
-    (tmp_path / "p.txt").write_bytes(b"\xef\xbb\xbfa cat\r\n\n caf\xc3\xa9 \n")  # with a mark, CRLF
-    assert read_prompts(tmp_path / "p.txt")[0] == ["a cat", "caf\xe9"]
+def test_a_prompt_has_the_other_fields_of_its_line_as_metadata(tmp_path):
+    for name in ("p.jsonl", "p.JSONL", "p.ndjson"):
+        (tmp_path / name).write_bytes(GENEVAL)
+        expected = [("a red ring", {"tag": "colors"}), ("a cross", {})]
+        assert read_prompts(tmp_path / name) == (expected, [])
 
 
-def test_what_is_held_out_is_a_tenth_of_the_prompts_or_a_file(tmp_path):
+def test_empty_and_repeated_prompts_are_left_out_and_said(tmp_path):
+    path, text = tmp_path / "p.jsonl", tmp_path / "p.txt"
+    path.write_text(
+        '{"prompt": " a", "n": 1, "m": 2}\n\n{"prompt": " "}\n'
+        '{"m": 2, "n": 1, "prompt": "a"}\n{"prompt": "a"}'
+    )
+    notes = [f"{path}: 3 empty or repeated prompts are left out"]
+    assert read_prompts(path) == ([("a", {"n": 1, "m": 2}), ("a", {})], notes)
+    text.write_bytes(b"\xef\xbb\xbfa cat\r\n\n caf\xc3\xa9 \n")  # byte order mark, CRLF
+    notes = [f"{text}: 1 empty or repeated prompts are left out"]
+    assert read_prompts(text) == ([("a cat", {}), ("caf\xe9", {})], notes)
+
+
+@pytest.mark.parametrize("n, step, num_held_out", [(20, 10, 2), (640, 10, 64), (1000, 16, 63)])
+def test_every_tenth_prompt_at_most_64_is_held_out_with_all_its_metadata(
+    n, step, num_held_out, tmp_path
+):
+    rows = [{"prompt": f"cat {i}", "n": n} for i in range(n) for n in (1, 2)]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    train, held_out, notes = split_prompts(tmp_path / "p.jsonl", "", [], [])
+    expected = [f"cat {i}" for i in range(0, n, step) for _ in range(2)]
+    assert held_out == Prompts(expected, [{"n": 1}, {"n": 2}] * num_held_out)
+    assert len(train.prompts) == 2 * (n - num_held_out) and not set(train.prompts) & set(expected)
+    assert notes == []
+
+
+def test_held_out_prompts_that_are_trained_on_are_said(tmp_path):
     path, other = tmp_path / "p.txt", tmp_path / "eval.txt"
-    path.write_text("\n".join(f"cat {i % 20}" for i in range(40)))
+    path.write_text("\n".join(f"cat {i}" for i in range(20)))
     other.write_text("dog\ncat 3\n")
-    train, held_out, notes = split_prompts(path, "", [], [])
-    assert held_out.prompts == ["cat 0", "cat 10"] and len(train.prompts) == 18
-    assert held_out.metadata == [{}, {}] and notes == [f"{path}: 20 repeated lines are used once"]
     train, held_out, notes = split_prompts(path, other, [], [])
     assert held_out.prompts == ["dog", "cat 3"] and len(train.prompts) == 20
-    assert notes[1] == "1 of the 2 held-out prompts are trained on too"
-    path.write_text("\n".join(f"cat {i}" for i in range(1000)))
-    parts = split_prompts(path, "", [], [])[:2]
-    assert [len(part.prompts) for part in parts] == [937, 63]  # every 16th
+    assert notes == ["1 of the 2 held-out prompts are trained on too"]
     path.write_text("one cat")
     train, held_out, notes = split_prompts(path, "", [], [])
-    assert train.prompts == held_out.prompts == ["one cat"]
+    assert train == held_out == Prompts(["one cat"], [{}])
     assert notes == ["1 of the 1 held-out prompts are trained on too"]
-
-
-def test_a_prompt_with_two_metadata_counts_once_and_is_held_out_with_both(tmp_path):
-    path = tmp_path / "p.jsonl"
-    rows = [{"prompt": f"cat {i}", "n": n} for i in range(11) for n in (1, 2)]
-    path.write_text("\n".join(map(json.dumps, rows)))
-    train, held_out, _ = split_prompts(path, "", [], [])
-    prompts = ["cat 0", "cat 0", "cat 10", "cat 10"]
-    assert held_out == Prompts(prompts, [{"n": 1}, {"n": 2}] * 2)
-    prompts = [f"cat {i}" for i in range(1, 10) for _ in range(2)]
-    assert train == Prompts(prompts, [{"n": 1}, {"n": 2}] * 9)
-
-
-def test_without_a_file_the_prompts_are_the_tiny_worlds():
-    train, held_out, notes = split_prompts("", "", [f"{n}" for n in range(7)], ["a"])
-    assert (len(train.prompts), len(train.metadata), held_out.prompts, notes) == (7, 7, ["a"], [])
-
-
-def test_a_step_has_at_most_as_many_prompts_as_there_are_to_train_on(tmp_path):
-    path = tmp_path / "p.txt"
-    path.write_text("\n".join("abcdef"))  # the first one is held out
-
-    def run(n):
-        options = f"--prompts {path} --prompts_per_step {n} --pretrained nowhere".split()
-        return train.Run(train.parse_options(options))
-
-    with pytest.raises(InputError, match="^--prompts_per_step 6: there are 5 training prompts; "):
-        run(6)
-    with pytest.raises(InputError, match="nowhere"):  # the next mistake
-        run(5)
+    assert split_prompts("", "", ["a", "b"], ["c"])[:2] == (
+        Prompts(["a", "b"], [{}, {}]),
+        Prompts(["c"], [{}]),
+    )

@@ -4,15 +4,17 @@ import types
 
 import pytest
 import torch
-from conftest import MODEL_NAMES, load, with_policies
+from conftest import MINIATURE, MODEL_NAMES, load, with_policies
 from diffusers import FlowMatchEulerDiscreteScheduler
 
+import train
 from reward import build_reward
 from rollout import (
     Candidates,
     candidate_seeds,
     draw,
-    draw_and_score,
+    evaluation_seeds,
+    generator,
     initial_noise,
     make_copy,
     sample,
@@ -20,8 +22,6 @@ from rollout import (
     sync,
 )
 from support import models
-from support.world import TINY
-from train import selection
 
 PROMPT = "a large plain red circle in the middle"
 
@@ -32,82 +32,82 @@ def test_seeds_follow_from_run_step_and_prompt_and_a_longer_pool_begins_with_the
     assert all(0 <= s < 2**63 for s in seeds)
     for other in ((1, 3, 5), (0, 4, 5), (0, 3, 6)):
         assert not set(seeds) & set(candidate_seeds(*other, 96))
+    assert evaluation_seeds(3, 4)[:2] == evaluation_seeds(3, 2) != evaluation_seeds(4, 2)
+
+
+def test_a_generator_follows_from_its_word_and_each_of_its_numbers():
+    draws = [("update", 0, 1), ("order", 0, 1), ("update", 1, 1), ("update", 0, 2), ("update", 0)]
+    first, second = ([torch.rand(1, generator=generator(*of)).item() for of in draws] for _ in "12")
+    assert first == second and len(set(first)) == len(draws)
 
 
 def test_noise_of_a_seed_is_the_same_whatever_it_is_drawn_with():
     noise = initial_noise([5, 6, 7], (4, 2, 2))
-    assert noise.dtype == torch.float32 and noise.device.type == "cpu"
-    assert torch.equal(noise[1:2], initial_noise([6], (4, 2, 2)))
     assert torch.equal(noise[0], torch.randn(4, 2, 2, generator=torch.Generator().manual_seed(5)))
-
-
-class Line:
-    """A flow whose data is one point, where the velocity is exact: x_0 + v = noise."""
-
-    latent_shape = (2, 2, 2)
-    target = torch.full(latent_shape, 3.0)
-
-    def velocity(self, transformer, x_t, t, text):
-        return (x_t - self.target) / t.float()[:, None, None, None]
-
-    solver = "euler"
-    scheduler = models.Model.scheduler
-    pipe = types.SimpleNamespace(scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
+    assert torch.equal(noise[1:2], initial_noise([6], (4, 2, 2)))
 
 
 @pytest.mark.parametrize("solver", models.SOLVERS)
 def test_the_ode_ends_at_the_data_for_any_number_of_steps(solver):
-    text = models.Text(torch.zeros(3, 1, 1))
-    noise = initial_noise([1, 2, 3], Line.latent_shape)
-    line = Line()
-    line.solver = solver
+    """The data is one point, so the velocity is known: x_0 + v = noise."""
+    target = torch.full((2, 2, 2), 3.0)
+    line = types.SimpleNamespace(
+        velocity=lambda transformer, x_t, t, text: (x_t - target) / t.float()[:, None, None, None],
+        solver=solver,
+        pipe=types.SimpleNamespace(scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0)),
+    )
+    line.scheduler = types.MethodType(models.Model.scheduler, line)
     for steps in (1, 6, 10):
-        got = sample(line, None, text, noise, steps)
+        noise = initial_noise([1, 2, 3], target.shape)
+        got = sample(line, None, models.Text(torch.zeros(1, 1, 1)), noise, steps)
         # DPM's times are whole thousandths, so that its first guess of x_0 is off by that much.
-        assert torch.allclose(got, Line.target.expand_as(got), atol=1e-5 + 0.02 * (solver == "dpm"))
-
-
-def test_sampling_times_fall_from_noise():
-    times = sampling_times(Line(), 10)
-    assert len(times) == 10 and times[0] == 1 and (times.diff() < 0).all() and times[-1] > 0
+        assert torch.allclose(got, target.expand_as(got), atol=1e-5 + 0.02 * (solver == "dpm"))
+    times = sampling_times(line, 10)
+    assert len(times) == 10 and times[0] > 0.998 and (times.diff() < 0).all() and times[-1] > 0
 
 
 def test_candidates_are_taken_with_all_that_belongs_to_them_in_the_order_asked_for():
     latents = torch.arange(4.0).reshape(4, 1, 1, 1)
     scores = {"mine": torch.arange(4.0) + 10, "weighted_sum": torch.arange(4.0) + 20}
     text = models.Text(torch.ones(1, 2, 3))
-    taken = Candidates(7, text, [100, 101, 102, 103], latents, scores).take([3, 0, 2])
-    assert (taken.prompt, taken.text, taken.seeds) == (7, text, [103, 100, 102])
+    taken = Candidates([7] * 4, text, [100, 101, 102, 103], latents, scores).take([3, 0, 2])
+    assert (taken.indices, taken.text, taken.seeds) == ([7] * 3, text, [103, 100, 102])
     assert taken.latents.flatten().tolist() == [3, 0, 2]
     assert taken.scores["mine"].tolist() == [13, 10, 12]
     assert taken.rewards.tolist() == [23, 20, 22]
+    assert taken.rewards_of([102, 103]).tolist() == [22, 23]
 
 
-def test_a_pool_is_drawn_and_scored_in_micro_batches_in_its_order(sana):
-    text, seeds, batches = sana.encode([PROMPT]), candidate_seeds(0, 0, 0, 7), []
+@pytest.mark.parametrize(
+    "stage, of, reward, indices",
+    [
+        ("explore", "train", "reward", [1] * 7),
+        ("evaluate", "held_out", "eval_reward", [0, 1, 1, 0, 1, 0, 0]),
+    ],
+)
+def test_images_are_drawn_and_scored_in_micro_batches_in_their_order(stage, of, reward, indices):
+    """Of one prompt, as in a pool, and of a prompt each, as in an evaluation."""
+    run = train.Run(train.parse_options([*MINIATURE, "--micro_batch", "3"]))
+    model, seeds, scored = run.model, candidate_seeds(0, 0, 0, 7), []
+    all_prompts, all_metadata = getattr(run, of)
+    all_metadata[1]["place"] = 1
 
-    def score(batch_seeds, latents, images):
-        assert torch.equal(images, sana.decode(latents))
-        batches.append(batch_seeds)
-        return {"first": latents.flatten(1)[:, 0], "size": torch.full((len(images),), len(images))}
+    def scores(*arguments):
+        scored.append(arguments)
+        return {"weighted_sum": arguments[0][:, 0, 0, 0]}
 
-    latents, scores = draw_and_score(sana, sana.transformer, text, seeds, 2, 3, score)
-    assert batches == [seeds[:3], seeds[3:6], seeds[6:]]
-    assert scores["size"].tolist() == [3, 3, 3, 3, 3, 3, 1]
-    assert torch.equal(scores["first"], latents.flatten(1)[:, 0])
-    expected = [draw(sana, sana.transformer, text, part, 2)[0] for part in batches]
-    assert torch.equal(latents, torch.cat(expected))
-
-
-def test_the_size_of_a_micro_batch_changes_float32_images_by_rounding_only(sana):
-    seeds, circle = candidate_seeds(0, 0, 0, 10), sana.encode([PROMPT])
-    images = {
-        m: torch.cat(
-            [draw(sana, sana.transformer, circle, seeds[i : i + m], 6)[1] for i in range(0, 10, m)]
-        )
-        for m in (10, 3)
-    }
-    assert (images[10] - images[3]).abs().max() < 1e-4
+    getattr(run, reward).scores = scores
+    texts = model.encode(all_prompts[:2]).take(indices)
+    text = texts.take(0) if stage == "explore" else texts
+    got = train.draw(run, stage, model.transformer, indices, text, seeds, 2)
+    assert (got.indices, got.seeds) == (indices, seeds)
+    for part, (images, prompts, metadata) in zip(([0, 1, 2], [3, 4, 5], [6]), scored, strict=True):
+        part_seeds = [seeds[i] for i in part]
+        expected = draw(model, model.transformer, texts.take(part), part_seeds, 2)
+        assert torch.equal(got.latents[part], expected[0]) and torch.equal(images, expected[1])
+        assert prompts == [all_prompts[indices[i]] for i in part]
+        assert metadata == [all_metadata[indices[i]] for i in part]
+        assert torch.equal(got.rewards[part], images[:, 0, 0, 0])
 
 
 def test_row_scaled_nvfp4_makes_an_image_independent_of_its_micro_batch():
@@ -125,10 +125,11 @@ def test_row_scaled_nvfp4_makes_an_image_independent_of_its_micro_batch():
 
 
 @pytest.mark.parametrize("name", MODEL_NAMES)
-def test_a_copy_is_the_base_and_synced_with_a_policy_it_is_that_policy(name):
+def test_a_copy_synced_with_a_policy_is_that_policy_whenever_it_was_made(name):
     model = load(name)
-    merged, _ = make_copy(model, "bf16")
+    before, _ = make_copy(model, "bf16")
     transformer = with_policies(model)
+    after, _ = make_copy(model, "bf16")
     text = model.encode(["a small plain red ring at the top"])
     x, t = initial_noise([0], model.latent_shape), torch.tensor([0.5])
 
@@ -136,32 +137,35 @@ def test_a_copy_is_the_base_and_synced_with_a_policy_it_is_that_policy(name):
         with torch.no_grad(), models.policy(transformer, adapter):
             return model.velocity(network, x, t, text)
 
-    assert torch.allclose(velocity(transformer, "base"), velocity(merged), atol=1e-6)
+    for merged in (before, after):
+        assert torch.allclose(velocity(transformer, "base"), velocity(merged), atol=1e-6)
     base = {name: p.clone() for name, p in transformer.named_parameters() if "lora" not in name}
-    for adapter in ("old", "default"):
-        sync(merged, transformer, adapter)
-        away = (velocity(merged) - velocity(transformer, adapter)).norm()
-        others = {"old": "default", "default": "old"}[adapter]
-        apart = (velocity(transformer, others) - velocity(transformer, adapter)).norm()
+    for adapter, other in (("old", "default"), ("default", "base"), ("base", "old")):
+        sync(before, transformer, adapter)
+        sync(after, transformer, adapter)
+        assert torch.equal(velocity(before), velocity(after))
+        away = (velocity(before) - velocity(transformer, adapter)).norm()
+        apart = (velocity(transformer, other) - velocity(transformer, adapter)).norm()
         assert away < apart / 10  # the merged weights are rounded to BF16
+        assert all(torch.equal(p, p.bfloat16().float()) for p in before.parameters())
     for name, p in transformer.named_parameters():
         assert "lora" in name or torch.equal(p, base[name])
+        assert p.requires_grad == (".default." in name)  # whatever was switched to meanwhile
 
-    # It has no LoRA layers, and memory of its own for the weights alone that LoRA adapts.
-    own = {p.data_ptr() for p in merged.parameters()}
-    own -= {p.data_ptr() for p in transformer.parameters()}
-    assert len(own) == len(models.lora_layers(transformer)) > 0
-    assert not models.lora_layers(merged)
+    # A copy has no LoRA layers, and memory of its own for the weights alone that LoRA adapts.
+    for merged in (before, after):
+        own = {p.data_ptr() for p in merged.parameters()}
+        own -= {p.data_ptr() for p in transformer.parameters()}
+        assert len(own) == len(models.lora_layers(transformer)) > 0
+        assert not models.lora_layers(merged)
 
 
 @pytest.mark.parametrize("name", MODEL_NAMES)
 def test_the_explorer_ranks_like_the_policy(name):
-    model = models.load(name)
-    reward = build_reward("clipscore", clip=TINY / "clip")
+    model, reward = models.load(name), build_reward("clipscore", clip="tiny")
     explorer, _ = make_copy(model, "nvfp4", model.keep_bf16)
-    text, rewards = model.encode([PROMPT]), {}
-    for which, network, steps in (("proxy", explorer, 6), ("truth", model.transformer, 10)):
+    text, rewards = model.encode([PROMPT]), []
+    for network, steps in ((explorer, 6), (model.transformer, 10)):
         _, images = draw(model, network, text, candidate_seeds(0, 0, 0, 48), steps)
-        rewards[which] = reward(images, [PROMPT] * 48)
-    fidelity = selection.rank_fidelity(rewards["proxy"], rewards["truth"], 6)
-    assert fidelity["spearman_rho"] > 0.7
+        rewards.append(reward(images, [PROMPT] * 48))
+    assert train.selection.rank_fidelity(*rewards, 6)["spearman_rho"] > 0.7
