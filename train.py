@@ -150,10 +150,9 @@ def group_advantages(rewards, adv_clip=5.0, std_over="all"):
 
     std_over: "all" is the paper's, the std of all P * K rewards about their common mean, so that a
     prompt whose candidates hardly differ has small advantages; "prompt" is each prompt's own, as in
-    GRPO. Equal rewards of a prompt give advantages of exactly 0, whatever the mean rounds to."""
+    GRPO. In float64 the mean of equal float32 rewards is exact, so their advantages are 0."""
     R = rewards.double()
-    differ = R.amax(dim=1, keepdim=True) > R.amin(dim=1, keepdim=True)
-    centred = (R - R.mean(dim=1, keepdim=True)) * differ
+    centred = R - R.mean(dim=1, keepdim=True)
     over = dict(dim=1, keepdim=True) if std_over == "prompt" else {}
     return (centred / (R.std(**over, correction=0) + 1e-4)).clamp(-adv_clip, adv_clip).float()
 
