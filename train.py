@@ -398,7 +398,9 @@ class Run:
         models.add_lora(self.model, c.lora_rank, 2 * c.lora_rank, c.lora)
         parameters = partial(models.lora_parameters, self.model.transformer)
         self.policies = {adapter: parameters(adapter) for adapter in models.ADAPTERS}
-        self.optimizer = torch.optim.AdamW(parameters("default"), c.learning_rate, weight_decay=1e-4)
+        self.optimizer = torch.optim.AdamW(
+            parameters("default"), c.learning_rate, weight_decay=1e-4
+        )
 
 
 def train(config):

@@ -82,7 +82,7 @@ class Model:
 
     @property
     def computes_in(self):
-        """"bf16" or "float32": in which BF16 weights are multiplied."""
+        """ "bf16" or "float32": in which BF16 weights are multiplied."""
         return "bf16" if self.transformer.dtype == torch.bfloat16 else "float32"
 
     def token_limit(self, tokenizer):

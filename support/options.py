@@ -116,7 +116,9 @@ def check(c):
     for field in dataclasses.fields(c):
         value, least = getattr(c, field.name), SMALLEST.get(field.name, 1)
         if field.init and field.type in (int, float):
-            require(least <= value <= 2**63 - 1, f"--{field.name} {value}: must be at least {least}")
+            require(
+                least <= value <= 2**63 - 1, f"--{field.name} {value}: must be at least {least}"
+            )
     require(c.keep % 2 == 0, f"--keep {c.keep}: must be even, half best and half worst")
     require(c.prompts or not c.pretrained, "--pretrained: needs --prompts FILE as well")
     P, processes = c.prompts_per_step, distributed.WORLD

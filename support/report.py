@@ -173,7 +173,7 @@ class Report:
         say(f"continuing after step {step}")
 
     def evaluated(self, step, drawn):
-        """Log an evaluation and keep the latents of at most 8 of its images. drawn: the Candidates of
+        """Log an evaluation and keep the latents of at most 8 of its images. drawn: those of
         train.evaluate. The gain since step 0 is compared prompt by prompt, each drawn from the same
         noise as then."""
         n = len(self.run.held_out.prompts)
@@ -203,7 +203,9 @@ class Report:
         shown = drawn.take([prompt * images for prompt in sorted({i * n // 8 for i in range(8)})])
         tensors = {"latents": shown.latents.cpu(), "indices": torch.tensor(shown.indices)}
         tensors |= {f"scores.{name}": values for name, values in shown.scores.items()}
-        self._write(f"images/held_out_{step:04d}.safetensors", lambda path: save_file(tensors, path))
+        self._write(
+            f"images/held_out_{step:04d}.safetensors", lambda path: save_file(tensors, path)
+        )
 
     def step(self, step, metrics, kept):
         """Log a step, and where it is evaluated draw its picture. kept: the Candidates of a prompt
@@ -283,7 +285,9 @@ class Report:
             if "scores.accuracy" in tensors:
                 marks = {True: ("✓", "green"), False: ("✗", "red")}
                 marks = [marks[bool(a)] for a in tensors["scores.accuracy"]]
-                captions = [(f"{text}  {m}", colour) for (text, _), (m, colour) in zip(captions, marks)]
+                captions = [
+                    (f"{text}  {m}", colour) for (text, _), (m, colour) in zip(captions, marks)
+                ]
             latents = tensors["latents"].to(self.options["device"])
             label = f"after {line['step']} steps" if line["step"] else "before training"
             rows.append((label, latents, captions))

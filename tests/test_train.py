@@ -6,7 +6,6 @@ from collections import Counter
 import pytest
 import torch
 from conftest import MINIATURE, MODEL_NAMES, error_line, lines, load
-from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
 import rollout
