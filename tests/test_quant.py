@@ -35,12 +35,12 @@ def test_bytes_equal_transformer_engines(name):
 
 def test_a_block_worked_by_hand():
     # amax 6 gives S_enc 448; the block's scale is 6 * 448 / 6 = 448, so a step is 1.
-    x = [6.0, -6.0, 0.0, 0.25, 0.26, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 4.9, 1, 2, 3, 4]
+    x = [6.0, -6.0, -0.0, 0.25, 0.26, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 4.9, 1, 2, 3, 4]
     q = quant.quantize_nvfp4(torch.tensor([x]))
     # ties go to the even code: .25 -> 0, .75 -> 1, 1.25 -> 1, 1.75 -> 2, 2.5 -> 2, 3.5 -> 4, 5 -> 4
     expected = [6, -6, 0, 0, 0.5, 1, 1, 2, 2, 4, 4, 4, 1, 2, 3, 4]
     assert q.scales.float().tolist() == [[448.0]] and q.step.tolist() == [[1.0]]
-    assert q.codes[0, :2].tolist() == [0xF7, 0x00]  # 6 is code 7, -6 code 15; the even one is low
+    assert q.codes[0, :2].tolist() == [0xF7, 0x08]  # 6 is code 7, -6 code 15, -0 code 8; low first
     assert q.dequantize().tolist() == [expected]
 
 

@@ -39,15 +39,12 @@ BLUE = [0.0, 0.0, 1.0, 1.0], [0.0] * 4
 ACCURACY = [0.0, 0.0, 1.0, 0.0], [1.0, 1.0, 0.0, 1.0]
 
 
-def report(folder, model=(), **options):
+def report(folder, **options):
     """The Report of as much of a run as it reads: 2 steps of one prompt, 2 held-out prompts."""
     settings = dict(model="flux", reward="clipscore:2,mine.py:red", steps=2, eval_every=2)
     settings |= dict(prompts_per_step=1, pool=4, keep=2, explore_steps=3, rollout_steps=5)
     c = train.Config(**settings, eval_steps=28, output_dir=str(folder), device="cpu", **options)
-    measured, trained = (
-        [("mine.py:blue", 0, None)],
-        [("clipscore", 2, None), ("mine.py:red", 1, None)],
-    )
+    rewards = [("clipscore", 2, None), ("mine.py:red", 1, None), ("mine.py:blue", 0, None)]
     drawing = types.SimpleNamespace(
         pipeline=FluxPipeline,
         published="black-forest-labs/FLUX.1-dev",
@@ -65,8 +62,8 @@ def report(folder, model=(), **options):
         train=types.SimpleNamespace(prompts=["a $5 cat"]),
         held_out=types.SimpleNamespace(prompts=["a ring", "a $5 cat"]),
         clock=types.SimpleNamespace(take=SECONDS.copy),
-        reward=types.SimpleNamespace(parts=trained),
-        eval_reward=types.SimpleNamespace(parts=[*trained, *measured]),
+        reward=types.SimpleNamespace(parts=rewards[:2]),
+        eval_reward=types.SimpleNamespace(parts=rewards),
         backends=["explored in simulated nvfp4"],
         layers=[["to_q", 8, 16, "nvfp4"]],
         notes=["a note"],
@@ -75,11 +72,11 @@ def report(folder, model=(), **options):
 
 
 def evaluated(run, step, judged=False):
-    after, measured = step > 0, {"mine.py:blue": BLUE[step > 0]}
+    after = step > 0
+    measured = {"mine.py:blue": BLUE[after]}
     if judged:
         measured |= {"accuracy": ACCURACY[after], "clear": [1.0, 1.0, 1.0, float(after)]}
-    seeds, prompts = [1, 2, 3, 4], [0, 0, 1, 1]
-    run.evaluated(step, candidates(seeds, REWARDS[after], prompts, **measured))
+    run.evaluated(step, candidates([1, 2, 3, 4], REWARDS[after], [0, 0, 1, 1], **measured))
 
 
 def two_steps(run, judged=False):
