@@ -390,7 +390,7 @@ class Run:
                 _, backend = quant.backend(precision, c.device)
                 self.backends.append(f"explored in {backend}: {quantized} of {len(rows)} layers")
         if self.model.computes_in == "float32":
-            self.backends.append("BF16 weights, computed in float32: this CPU has no fast BF16")
+            self.backends.append("BF16 weights, computed in float32: this is a CPU")
         self.notes += self.model.cut_off(self.train.prompts)
         if c.gradient_checkpointing:
             self.model.transformer.enable_gradient_checkpointing()

@@ -197,8 +197,6 @@ class Report:
             text += f"  gain {gain:+.4f} +- {error:.4f}"
         if "accuracy" in scores:
             text += f"  pictures that match their prompt {entries['eval/accuracy']:.0%}"
-        self._log(step, entries, also={"eval/rewards": rewards})
-        say(text)
         images = len(drawn.seeds) // n  # of each prompt; the first one is shown
         shown = drawn.take([prompt * images for prompt in sorted({i * n // 8 for i in range(8)})])
         tensors = {"latents": shown.latents.cpu(), "indices": torch.tensor(shown.indices)}
@@ -206,6 +204,8 @@ class Report:
         self._write(
             f"images/held_out_{step:04d}.safetensors", lambda path: save_file(tensors, path)
         )
+        self._log(step, entries, also={"eval/rewards": rewards})
+        say(text)
 
     def step(self, step, metrics, kept):
         """Log a step, and where it is evaluated draw its picture. kept: the Candidates of a prompt

@@ -9,8 +9,7 @@ from hypothesis import settings
 PROJECT = Path(__file__).parent.parent
 sys.path.insert(0, str(PROJECT))  # flat scripts: works from any working directory
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Before torch is imported. On tensors this small two threads mostly wait for each other where other
-# processes are busy: a part of the tests then took 187 s with two and 38 s with one.
+# Before torch is imported: on tensors this small, two threads mostly wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # How many examples a property test without a number of its own looks at; --hypothesis-profile.
@@ -30,12 +29,9 @@ def pytest_cmdline_main(config):
 
 
 MODEL_NAMES = ("sana", "flux", "sd3")
-
-
 MINIATURE = (
     "--steps 2 --prompts_per_step 1 --pool 6 --keep 4 --explore_steps 1 --rollout_steps 2 "
-    "--eval_steps 1 --eval_every 1 --micro_batch 36 --device cpu "
-    "--checkpoint_every 1 --prompts"
+    "--eval_steps 1 --eval_every 1 --micro_batch 36 --device cpu --checkpoint_every 1 --prompts"
 ).split() + [str(PROJECT / "tests" / "prompts.txt")]
 
 
@@ -45,20 +41,19 @@ def lines(folder):
 
 
 def error_line(said, program="train.py"):
-    """The error on a program's stderr, which must be one line; what other packages print before it,
-    such as torchao when it is imported, is not the program's."""
+    """The error on a program's stderr, which must be one line. Packages may print before it."""
     _, ours, error = said.partition(f"{program}: error: ")
     assert ours and "\n" not in error.strip(), said
     return error.strip()
 
 
 def outcome(folder):
-    """All that must be equal in equal runs: the log without seconds, the LoRA's bytes."""
+    """All that must be equal in equal runs: the log without seconds, the LoRA's tensors."""
     from safetensors.torch import load_file
 
     log = [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines(folder)]
     lora = load_file(folder / "lora" / "pytorch_lora_weights.safetensors")
-    return log, {k: v.numpy().tobytes() for k, v in lora.items()}
+    return log, {name: tensor.tolist() for name, tensor in lora.items()}
 
 
 def load(name, solver=None):
