@@ -10,29 +10,32 @@ Prompts = collections.namedtuple("Prompts", "prompts metadata")  # n strings, n 
 
 
 def read_prompts(path, option="--prompts"):
-    """A prompts file -> (rows (prompt, metadata), notes for the user). Equal rows are used once.
-    option: the option that errors name. Raises InputError."""
-    prefix, kind, rows = f"{option} {path}", Path(path).suffix.lower(), []
+    """A .txt or .jsonl file -> (rows (prompt, metadata), notes for the user). Equal rows are used
+    once, and empty lines are skipped. option: the option that errors name. Raises InputError."""
+    where, kind, rows = f"{option} {path}", Path(path).suffix.lower(), []
     advice = 'give a .txt of prompts, or a .jsonl of lines like {"prompt": "a cat"}'
+    require(kind in (".txt", ".jsonl"), f"{where}: is no .txt and no .jsonl file; {advice}")
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").rstrip().split("\n")
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
-        raise InputError(f"{prefix}: cannot be read as UTF-8 text: {one_line(error)}") from error
-    is_json = kind in (".jsonl", ".ndjson")
-    other = kind in (".json", ".csv", ".tsv") or lines[0].startswith('{"') and not is_json
-    require(not other, f"{prefix}, line 1: looks like JSON or a table; {advice}")
+        raise InputError(f"{where}: cannot be read as UTF-8 text: {one_line(error)}") from error
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
-            metadata = json.loads(line) if is_json and line.strip() else {"prompt": line}
+            metadata = json.loads(line) if kind == ".jsonl" else {"prompt": line}
             prompt = metadata.pop("prompt").strip()
             prompt.encode()  # raises for half an emoji, such as \ud83d, which no tokenizer reads
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise InputError(f"{prefix}, line {number}: has no valid 'prompt'; {advice}") from error
+        except (ValueError, KeyError, AttributeError, TypeError):
+            prompt = ""
+        is_json = kind == ".txt" and not rows and prompt[0] in "{["
+        reason = "looks like JSON" if is_json else "has no valid 'prompt'"
+        require(prompt and not is_json, f"{where}, line {number}: {reason}; {advice}")
         rows.append((prompt, metadata))
-    distinct = {json.dumps(row, sort_keys=True): row for row in rows if row[0]}
-    require(distinct, f"{prefix}: has no prompt; {advice}")
-    left_out = len(rows) - len(distinct)
-    notes = [f"{path}: {left_out} empty or repeated prompts are left out"] if left_out else []
+    distinct = {json.dumps(row, sort_keys=True): row for row in rows}
+    require(distinct, f"{where}: has no prompt; {advice}")
+    repeated = len(rows) - len(distinct)
+    notes = [f"{path}: {repeated} repeated prompts are left out"] if repeated else []
     return list(distinct.values()), notes
 
 

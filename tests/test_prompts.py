@@ -7,24 +7,27 @@ import pytest
 from support.errors import InputError
 from support.prompts import Prompts, read_prompts, split_prompts
 
-GENEVAL = b'{"prompt": "a red ring", "tag": "colors"}\n{"prompt": "a cross"}\n'
+GENEVAL = b'{"prompt": "a red ring", "tag": "colors"}\n\n{"prompt": " a cross"}\r\n'
 
 
 @pytest.mark.parametrize(
     "name, content, says",
     [
-        ("missing.txt", None, "cannot be read as UTF-8 text: [Errno 2]"),
-        ("latin1.txt", "caf\xe9".encode("latin-1"), "cannot be read as UTF-8 text"),
-        ("empty.txt", b"\n \n", "has no prompt"),
-        ("broken.jsonl", b'{"prompt": "a"}\n{"prompt": \n', "line 2: has no valid 'prompt'"),
-        ("number.jsonl", b'{"prompt": 1}\n', "line 1: "),
-        ("array.jsonl", b'[{"prompt": "a red ring"}]', "line 1: "),
-        ("capital.jsonl", b'{"Prompt": "a red ring"}', "line 1: "),
-        ("halfemoji.jsonl", rb'{"prompt": "a cat \ud83d", "n": 1}', "line 1: "),
-        ("hps.json", b'[\n "a red ring"\n]', "line 1: looks like JSON or a table; give a .txt"),
-        ("drawbench.csv", b"Prompts,Category\na red ring,Colors\n", "line 1: looks like"),
-        ("parti.TSV", b"Prompt\tCategory\na red ring\tAbstract\n", "line 1: looks like"),
-        ("geneval.jsonl.txt", GENEVAL, "line 1: looks like"),
+        ("missing.txt", None, ": cannot be read as UTF-8"),
+        ("latin1.txt", "caf\xe9".encode("latin-1"), ": cannot be read as UTF-8"),
+        ("empty.txt", b"\n \n", ": has no prompt"),
+        ("broken.jsonl", b'{"prompt": "a"}\n\n{"prompt": \n', ", line 3: has no valid 'prompt'"),
+        ("no_string.jsonl", b'{"prompt": 1}', ", line 1: "),
+        ("empty.jsonl", b'{"prompt": "a"}\n{"prompt": " "}', ", line 2: "),
+        ("array.jsonl", b'[{"prompt": "a red ring"}]', ", line 1: "),
+        ("capital.jsonl", b'{"Prompt": "a red ring"}', ", line 1: "),
+        ("halfemoji.jsonl", rb'{"prompt": "a cat \ud83d", "n": 1}', ", line 1: "),
+        ("geneval.jsonl.txt", b"\n" + GENEVAL, ", line 2: looks like JSON; give a .txt"),
+        ("array.txt", b'[\n "a red ring"\n]', ", line 1: looks like JSON"),
+        ("geneval.ndjson", GENEVAL, ": is no .txt and no .jsonl file; give a .txt"),
+        ("hps.json", b'[\n "a red ring"\n]', ": is no .txt"),
+        ("drawbench.csv", b"Prompts,Category\na red ring,Colors\n", ": is no .txt"),
+        ("prompts", b"a red ring\n", ": is no .txt"),
     ],
 )
 def test_a_bad_prompts_file_is_one_line(name, content, says, tmp_path):
@@ -34,28 +37,31 @@ def test_a_bad_prompts_file_is_one_line(name, content, says, tmp_path):
     for option, files in (("--prompts", (path, "")), ("--eval_prompts", ("", path))):
         with pytest.raises(InputError) as error:
             split_prompts(*files, ["a cat"], ["a dog"])
-        assert str(error.value).startswith(f"{option} {path}") and says in str(error.value)
+        assert str(error.value).startswith(f"{option} {path}{says}")
         assert "\n" not in str(error.value)
 
 
-def test_a_prompt_has_the_other_fields_of_its_line_as_metadata(tmp_path):
-    for name in ("p.jsonl", "p.JSONL", "p.ndjson"):
-        (tmp_path / name).write_bytes(GENEVAL)
-        expected = [("a red ring", {"tag": "colors"}), ("a cross", {})]
-        assert read_prompts(tmp_path / name) == (expected, [])
+@pytest.mark.parametrize("name", ["p.jsonl", "p.JSONL"])
+def test_a_prompt_has_the_other_fields_of_its_line_as_metadata(name, tmp_path):
+    (tmp_path / name).write_bytes(GENEVAL)
+    expected = [("a red ring", {"tag": "colors"}), ("a cross", {})]
+    assert read_prompts(tmp_path / name) == (expected, [])
 
 
-def test_empty_and_repeated_prompts_are_left_out_and_said(tmp_path):
-    path, text = tmp_path / "p.jsonl", tmp_path / "p.txt"
-    path.write_text(
-        '{"prompt": " a", "n": 1, "m": 2}\n\n{"prompt": " "}\n'
-        '{"m": 2, "n": 1, "prompt": "a"}\n{"prompt": "a"}'
+@pytest.mark.parametrize("name", ["p.txt", "p.TXT"])
+def test_the_lines_of_a_text_file_are_prompts(name, tmp_path):
+    text = b'\xef\xbb\xbfa cat\r\n\n [caf\xc3\xa9], "new" \n'  # byte order mark, CRLF
+    (tmp_path / name).write_bytes(text)
+    assert read_prompts(tmp_path / name) == ([("a cat", {}), ('[caf\xe9], "new"', {})], [])
+
+
+def test_equal_rows_are_used_once_and_this_is_said(tmp_path):
+    (tmp_path / "p.jsonl").write_text(
+        '{"prompt": " a", "n": 1, "m": 2}\n{"m": 2, "n": 1, "prompt": "a"}\n{"prompt": "a"}'
     )
-    notes = [f"{path}: 3 empty or repeated prompts are left out"]
-    assert read_prompts(path) == ([("a", {"n": 1, "m": 2}), ("a", {})], notes)
-    text.write_bytes(b"\xef\xbb\xbfa cat\r\n\n caf\xc3\xa9 \n")  # byte order mark, CRLF
-    notes = [f"{text}: 1 empty or repeated prompts are left out"]
-    assert read_prompts(text) == ([("a cat", {}), ("caf\xe9", {})], notes)
+    rows, notes = read_prompts(tmp_path / "p.jsonl")
+    assert rows == [("a", {"n": 1, "m": 2}), ("a", {})]
+    assert notes == [f"{tmp_path / 'p.jsonl'}: 1 repeated prompts are left out"]
 
 
 @pytest.mark.parametrize("n, step, num_held_out", [(20, 10, 2), (640, 10, 64), (1000, 16, 63)])
