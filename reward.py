@@ -15,15 +15,17 @@ Score pictures: python reward.py --reward mine.py:red --prompt "a red ring" IMAG
 """
 
 import argparse
+import copy
 import functools
 import importlib.util
 import re
+import reprlib
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
 from support import hub, preference, world
@@ -66,48 +68,58 @@ class Reward:
         right = len(shape) == 4 and shape[:2] == (n, 3) and 0 <= low <= high <= 1  # False for NaN
         wrong = f"{shape} with pixels from {low:.4g} to {high:.4g}"
         require(right, f"a reward scores {n} images (3, H, W) in [0, 1], not {wrong}")
-        metadata = metadata or [{} for _ in prompts]
         for name, _, function in self.parts:
+            where = f"reward {name} for prompt {prompts[0]!r}"
+            # Copies, so that no reward changes what the next one sees.
+            rows = [copy.deepcopy(row) for row in metadata or [{}] * n]
             try:
-                # Copies, so that the next reward sees the same images and prompts.
-                values = torch.as_tensor(function(images.clone(), list(prompts), metadata))
-                scores[name] = values.detach().to("cpu", torch.float32)
-                require(values.shape == (n,), f"scores of shape {tuple(values.shape)}, not {(n,)}")
+                returned = function(images.clone(), list(prompts), rows)
             except torch.OutOfMemoryError:
                 raise
             except (Exception, SystemExit) as error:
-                where = f"reward {name} for prompt {prompts[0]!r} raised {type(error).__name__}"
-                raise InputError(f"{where}: {one_line(error)}") from error
+                problem = f"raised {type(error).__name__}: {one_line(error)}"
+                raise InputError(f"{where} {problem}") from error
+            scores[name] = as_scores(returned, n, where)
         scores["weighted_sum"] = sum(weight * scores[name] for name, weight, _ in self.parts)
         return scores
 
 
+def as_scores(returned, n, where):
+    """What a reward returned -> float32 (n,) on the CPU. Raises InputError, which begins with
+    `where`, unless these are n numbers."""
+    try:
+        scores = torch.as_tensor(returned).detach()
+        wrong = f"shape {tuple(scores.shape)}"
+    except (RuntimeError, TypeError, ValueError):  # None, a dictionary, (scores, {})
+        scores, wrong = torch.empty(()), reprlib.repr(returned)
+    right = scores.shape == (n,)
+    require(right, f"{where} must return a list or a tensor of {n} numbers, not {wrong}")
+    return scores.to("cpu", torch.float32)
+
+
 def build_reward(spec, device="cpu", clip=None, option="--reward"):
-    """A Reward from its specification (see the top of this file). clip: see CLIPScore. option: the
-    option that errors name. Raises InputError, also if weights cannot be fetched or loaded."""
-    parts = []
-    for name, weight, function in read_spec(spec, option):
-        more = [clip] if name == "clipscore" else []
-        try:
-            parts.append((name, weight, function or PUBLISHED[name](device, *more)))
-        except Exception as error:  # A broken file makes libraries raise almost anything.
-            raise InputError(f"{option} {name}: cannot be loaded: {one_line(error)}") from error
-    return Reward(parts)
-
-
-def read_spec(spec, option="--reward"):
-    """A specification -> [(name, weight, the user's function, or None for a published reward)].
-    Executes the user's files, each once, and loads no weights. Raises InputError."""
-    parts, number = {}, r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?"
+    """A Reward from its specification (see the top of this file). Executes the user's files, each
+    once, and loads weights only if all of the specification is right. clip: see CLIPScore. option:
+    the option that errors name. Raises InputError."""
+    weights, functions = {}, {}
+    number = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?"
     for item in spec.split(","):
         name, weight = re.fullmatch(rf"(?s)(.*?)(?::({number}))?", item.strip()).groups("1")
         usable = 0 < abs(float(weight)) < np.inf
         require(usable, f"{option} {item}: a weight must be a finite number, not 0")
-        function = None if name in PUBLISHED else user_function(name, option)
-        name = name.rpartition("/")[2]  # as it is logged
-        require(name not in parts, f"{option} {spec!r}: {name} is in it twice")
-        parts[name] = name, float(weight), function
-    return list(parts.values())
+        require(name not in weights, f"{option} {spec!r}: {name} is in it twice")
+        weights[name] = float(weight)
+        functions[name] = PUBLISHED.get(name) or user_function(name, option)
+    for name in [name for name in weights if name in PUBLISHED]:
+        more = [clip] if name == "clipscore" else []
+        try:
+            functions[name] = PUBLISHED[name](device, *more)
+        except Exception as error:  # A broken file makes libraries raise almost anything.
+            raise InputError(f"{option} {name}: cannot be loaded: {one_line(error)}") from error
+    # The log leaves folders out of a name, unless two names would then be equal.
+    short = [name.rpartition("/")[2] for name in weights]
+    logged = [s if short.count(s) == 1 else name for s, name in zip(short, weights)]
+    return Reward(list(zip(logged, weights.values(), functions.values())))
 
 
 def user_function(name, option):
@@ -124,11 +136,20 @@ def user_function(name, option):
 
 @functools.cache
 def execute(path, modified):
-    """A file as a module. The cache executes it once, and again when it was modified."""
-    spec = importlib.util.spec_from_file_location(f"reward_{path.stem}", path)
+    """A file as a module, which may import the modules beside it. The cache executes it once, and
+    again when it was modified."""
+    sys.path.append(str(path.parent))
+    spec = importlib.util.spec_from_file_location(str(path.with_suffix("")), path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # for dataclasses
     spec.loader.exec_module(module)
     return module
+
+
+def read_image(path):
+    """A picture file -> float32 (1, 3, H, W) in [0, 1]: as it is shown upright, on white."""
+    image = ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return torch.tensor(np.asarray(image)).permute(2, 0, 1)[None] / 255
 
 
 def main(argv=None):
@@ -144,8 +165,7 @@ def main(argv=None):
     try:
         reward = build_reward(options.reward, options.device, "tiny" if options.tiny else None)
         for path in options.images:
-            image = torch.tensor(np.asarray(Image.open(path).convert("RGB"))).permute(2, 0, 1) / 255
-            scores[path] = reward.scores(image[None], [options.prompt])
+            scores[path] = reward.scores(read_image(path), [options.prompt])
     except (InputError, OSError, torch.OutOfMemoryError) as error:
         print(f"reward.py: error: {one_line(error)}", file=sys.stderr)
         return 2

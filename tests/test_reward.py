@@ -1,9 +1,11 @@
 """Rewards: what a spec means, what is refused, and that the published ones are the originals'."""
 
+import copy
 import io
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import originals
@@ -13,7 +15,7 @@ from conftest import PROJECT, error_line
 from huggingface_hub import errors
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import ExifTags, Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig
 
@@ -27,81 +29,114 @@ IMAGES = torch.stack([torch.zeros(3, 4, 4), torch.ones(3, 4, 4)])
 
 @pytest.fixture
 def mine(tmp_path):
+    (tmp_path / "beside.py").write_text("def last(images): return images[:, 2]")
     (tmp_path / "mine.py").write_text("""
 from __future__ import annotations
-import dataclasses, pathlib, sys
+import beside, dataclasses, pathlib, sys
 with open(pathlib.Path(__file__).with_name("log"), "a") as log: log.write("x")
 @dataclasses.dataclass
 class Config:  # with its annotations as text, it needs its module in sys.modules
     x: int = 0
 def red(images, prompts, metadata): return images[:, 0].mean(dim=(1, 2)).double()
-def index(images, prompts, metadata): return [m["i"] for m in metadata]
+def blue(images, prompts, metadata): return beside.last(images).mean(dim=(1, 2))
+def index(images, prompts, metadata): return [m["box"]["i"] for m in metadata]
 def short(images, prompts, metadata): return [1.0]
+def none(images, prompts, metadata): pass
+def named(images, prompts, metadata): return {"scores": [1.0, 2.0]}
+def pair(images, prompts, metadata): return [1.0, 2.0], {}
+def words(images, prompts, metadata): return ["good", "bad"]
 def broken(images, prompts, metadata): raise KeyError("x")
 def quits(images, prompts, metadata): sys.exit(0)
 def writes(images, prompts, metadata):
     prompts.reverse()
-    return images.mul_(0).sum(dim=(1, 2, 3))
+    for m in metadata: m["box"]["i"] += 1
+    return images.mul_(0).sum(dim=(1, 2, 3)) + metadata[0]["box"]["i"]
 """)
     return tmp_path / "mine.py"
 
 
+METADATA = [{"box": {"i": 3}}, {"box": {"i": 4}}]
+
+
 def test_the_reward_is_the_weighted_sum_of_raw_scores(mine):
     """By hand: red is 0 and 1, index 3 and 4; 0.5 red - 2 index is -6 and -7.5."""
-    reward, metadata = build_reward(f"{mine}:red:0.5,{mine}:index:-2"), [{"i": 3}, {"i": 4}]
-    scores = reward.scores(IMAGES, ["a", "b"], metadata)
+    reward = build_reward(f"{mine}:red:0.5,{mine}:index:-2")
+    scores = reward.scores(IMAGES, ["a", "b"], METADATA)
     expected = {"mine.py:red": [0, 1], "mine.py:index": [3, 4], "weighted_sum": [-6, -7.5]}
     assert {name: values.tolist() for name, values in scores.items()} == expected
     assert {values.dtype for values in scores.values()} == {torch.float32}
-    assert torch.equal(reward(IMAGES, ["a", "b"], metadata), scores["weighted_sum"])
+    assert torch.equal(reward(IMAGES, ["a", "b"], METADATA), scores["weighted_sum"])
     assert [part[:2] for part in reward.parts] == [("mine.py:red", 0.5), ("mine.py:index", -2)]
-    assert build_reward(f"{mine}:red")(IMAGES, ["a", "b"]).tolist() == [0, 1]
     assert (mine.parent / "log").read_text() == "x", "the file is executed once"
 
 
+def test_functions_of_equal_names_in_two_folders_keep_both_names_apart(mine, monkeypatch):
+    monkeypatch.chdir(mine.parent)
+    for folder, value in (("a", 1), ("b", 2)):
+        Path(folder).mkdir()
+        code = f"def f(images, prompts, metadata): return [{value}, 0]"
+        Path(folder, "score.py").write_text(code)
+    scores = build_reward("a/score.py:f,b/score.py:f,./mine.py:red").scores(IMAGES, ["a", "b"])
+    assert {name: values[0] for name, values in scores.items()} == {
+        "a/score.py:f": 1,
+        "b/score.py:f": 2,
+        "mine.py:red": 0,
+        "weighted_sum": 3,
+    }
+
+
+def test_a_rewards_file_imports_what_lies_beside_it(mine):
+    assert build_reward(f"{mine}:blue")(IMAGES, ["a", "b"]).tolist() == [0, 1]
+
+
 def test_a_reward_that_writes_into_its_arguments_changes_nothing_else(mine):
-    images, prompts = IMAGES.clone(), ["a", "b"]
-    scores = build_reward(f"{mine}:writes,{mine}:red").scores(images, prompts)
-    assert scores["mine.py:red"].tolist() == [0, 1] and torch.equal(images, IMAGES)
-    assert prompts == ["a", "b"]
+    images, prompts, metadata = IMAGES.clone(), ["a", "b"], copy.deepcopy(METADATA)
+    metadata[1] = metadata[0]  # as in a pool, where all candidates have the same prompt
+    reward = build_reward(f"{mine}:writes,{mine}:red,{mine}:index")
+    for _ in range(2):
+        scores = reward.scores(images, prompts, metadata)
+        names = "mine.py:writes", "mine.py:red", "mine.py:index"
+        assert [scores[name].tolist() for name in names] == [[4, 4], [0, 1], [3, 3]]
+    assert torch.equal(images, IMAGES) and prompts == ["a", "b"]
+    assert metadata == [METADATA[0]] * 2
 
 
 @pytest.mark.parametrize(
     "function, says",
     [
-        ("short", r"scores of shape \(1,\), not \(2,\)"),
+        ("short", r"must return a list or a tensor of 2 numbers, not shape \(1,\)"),
+        ("none", "must return .*, not None"),
+        ("named", r"must return .*, not \{'scores': \[1.0, 2.0\]\}"),
+        ("pair", r"must return .*, not \(\[1.0, 2.0\], \{\}\)"),
+        ("words", r"must return .*, not \['good', 'bad'\]"),
         ("broken", "raised KeyError: 'x'"),
         ("quits", "raised SystemExit: 0"),
     ],
 )
 def test_a_reward_that_fails_is_named_with_the_prompt(mine, function, says):
-    with pytest.raises(InputError, match=f"reward mine.py:{function} for prompt 'a' .*{says}"):
+    with pytest.raises(InputError, match=f"^reward mine.py:{function} for prompt 'a' {says}$"):
         build_reward(f"{mine}:{function}")(IMAGES, ["a", "b"])
 
 
 @pytest.mark.parametrize(
     "spec, says",
     [
-        (
-            "nothing",
-            "--eval_rewards 'nothing': not one of clipscore, pickscore, hpsv2, imagereward",
-        ),
-        ("", "not one of"),
+        ("nothing", "'nothing': not one of clipscore, pickscore, hpsv2, imagereward"),
         ("clipscore,", "not one of"),
         ("none.py:f", "nor an existing file.py:function"),
         ("clipscore:1:2", "not one of"),
         ("clipscore:0", "must be a finite number, not 0"),
         ("clipscore:1e999", "must be a finite number, not 0"),
         ("clipscore,clipscore:2", "clipscore is in it twice"),
-        ("FOLDER/mine.py:blue", "no attribute 'blue'"),
+        ("clipscore,FOLDER/mine.py:green", "no attribute 'green'"),
         ("FOLDER/quits.py:f", "cannot be imported: SystemExit"),
     ],
 )
-def test_a_wrong_spec_is_refused_before_any_weights_are_loaded(spec, says, mine):
+def test_a_wrong_spec_is_refused_before_any_weights_are_loaded(spec, says, mine, monkeypatch):
+    monkeypatch.setitem(rewards.PUBLISHED, "clipscore", lambda *_: pytest.fail("was loaded"))
     (mine.parent / "quits.py").write_text("import sys\nsys.exit(0)\n")
-    with pytest.raises(InputError, match=re.escape(says)) as error:
-        rewards.read_spec(spec.replace("FOLDER", str(mine.parent)), "--eval_rewards")
-    assert str(error.value).startswith("--eval_rewards ")
+    with pytest.raises(InputError, match=f"^--eval_rewards .*{re.escape(says)}"):
+        build_reward(spec.replace("FOLDER", str(mine.parent)), option="--eval_rewards")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -389,6 +424,19 @@ def test_what_the_hub_refuses_is_said(kind, says, use_cache, tmp_path, monkeypat
 # The command line, and a service of one's own
 
 
+def test_a_picture_file_is_scored_upright_and_on_white(tmp_path):
+    white, red, other = [1, 1, 1], [1, 0, 0], [0, 0, 1]
+    picture = Image.new("RGBA", (2, 1), (255, 0, 0, 255))
+    picture.putpixel((1, 0), (0, 0, 0, 0))
+    picture.save(tmp_path / "transparent.png")
+    assert rewards.read_image(tmp_path / "transparent.png")[0, :, 0].T.tolist() == [red, white]
+    picture, exif = Image.new("RGB", (2, 1), (255, 0, 0)), Image.Exif()
+    picture.putpixel((1, 0), (0, 0, 255))
+    exif[ExifTags.Base.Orientation] = 6  # the camera was turned: show it turned clockwise
+    picture.save(tmp_path / "turned.png", exif=exif)
+    assert rewards.read_image(tmp_path / "turned.png")[0, :, :, 0].T.tolist() == [red, other]
+
+
 def test_reward_alone_scores_picture_files(hub, tmp_path, capsys):
     files = [str(tmp_path / "a.png"), str(tmp_path / "b.jpg")]
     for file, size in zip(files, [(40, 30), (30, 60)]):
@@ -408,12 +456,9 @@ def test_reward_alone_scores_picture_files(hub, tmp_path, capsys):
     "options",
     [
         "NOT_A_PICTURE --prompt x --tiny",
-        "absent.png --prompt x --tiny",
-        "GOOD --prompt x --reward nothing",
         "GOOD --prompt x --reward clipscore",  # not in the cache
         "GOOD --prompt x --tiny --device cuda:99",
         "GOOD",
-        "GOOD --prompt x --rewrad y",
     ],
 )
 def test_reward_alone_says_what_is_wrong_in_a_line(options, tmp_path, capsys, use_cache):
