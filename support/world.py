@@ -55,10 +55,8 @@ def draw(prompts, generator):
     r = (torch.tensor(list(SIZES.values()))[size] + 0.5 * jitter())[:, None, None]
     centre = SIDE / 2 + torch.tensor(list(PLACES.values()))[place] + 0.6 * jitter(2)
     grid = torch.arange(SIDE) + 0.5
-    x, y = torch.broadcast_tensors(
-        grid[None, None, :] - centre[:, 0, None, None],
-        grid[None, :, None] - centre[:, 1, None, None],
-    )
+    x, y = centre[:, :, None, None].unbind(dim=1)
+    x, y = torch.broadcast_tensors(grid - x, grid[:, None] - y)
     ax, ay, radius = x.abs(), y.abs(), (x**2 + y**2).sqrt()
     distance = {  # from the shape's edge in pixels, negative inside
         "circle": radius - r,
@@ -115,13 +113,20 @@ def judge(images, prompts):
     return {"accuracy": right.all(dim=1).float(), "clear": clear.all(dim=1).float()}
 
 
-def can_judge(prompts, side):
-    """Whether `judge` knows what pictures of this side, in pixels, should show."""
-    return side == SIDE and ATTRIBUTES.keys() >= set(prompts)
-
-
-# What `judge` says as rewards that are only measured: (name, weight, function).
-JUDGES = [
-    (name, 0.0, lambda images, prompts, metadata, name=name: judge(images, prompts)[name])
-    for name in ("accuracy", "clear")
-]
+def judges(prompts, held_out_prompts, side):
+    """For a run of a tiny model: ([(name, weight, function)], what `judge` says as rewards that are
+    only measured; notes for the user). The list is empty where `judge` does not know what all
+    held-out pictures, of this side in pixels, should show."""
+    notes, why = [], "" if side == SIDE else f"it needs --resolution {SIDE}"
+    if new := len({*prompts, *held_out_prompts} - ATTRIBUTES.keys()):
+        known = f"{len(CAPTIONS)} captions, such as {CAPTIONS[0]!r}"
+        notes.append(f"the tiny models know only {known}; {new} of the prompts are none of these")
+    if new := sum(prompt not in ATTRIBUTES for prompt in held_out_prompts):
+        why = f"{new} of the {len(held_out_prompts)} held-out prompts are none of these captions"
+    if why:
+        return [], notes + [f"accuracy is not measured: {why}"]
+    rewards = [
+        (name, 0.0, lambda images, prompts, metadata, name=name: judge(images, prompts)[name])
+        for name in ("accuracy", "clear")
+    ]
+    return rewards, notes

@@ -1,12 +1,14 @@
 """The tiny world: its captions and pictures, the shipped models and the classifier."""
 
 import math
+import re
 
 import pytest
 import torch
 from conftest import MODEL_NAMES
 from safetensors.torch import load_file
 
+import train
 from experiments.pretrain_world import latents_of
 from support import models, world
 
@@ -74,3 +76,32 @@ def test_accurate_is_right_in_all_five_attributes_and_clear_is_sure_of_all_five(
     monkeypatch.setattr(world, "classifier", lambda: lambda images: logits)
     judged = world.judge(torch.zeros(3, 3, 32, 32), [prompt] * 3)
     assert judged["accuracy"].tolist() == [1, 1, 0] and judged["clear"].tolist() == [1, 0, 1]
+
+
+KNOWN, UNKNOWN = "a large plain red ring at the top", "A large plain red ring at the top"
+
+
+@pytest.mark.parametrize(
+    "prompts, held_out, side, says",
+    [
+        ([KNOWN], [KNOWN], 32, []),
+        ([KNOWN, UNKNOWN], [KNOWN], 32, ["720 captions, .*; 1 of the"]),
+        ([KNOWN], [KNOWN, UNKNOWN], 32, ["; 1 of the", "not measured: 1 of the 2 held-out"]),
+        ([KNOWN], [KNOWN], 64, ["not measured: .* --resolution 32"]),
+    ],
+)
+def test_what_a_tiny_model_does_not_know_is_said(prompts, held_out, side, says):
+    judges, notes = world.judges(prompts, held_out, side)
+    assert len(notes) == len(says) and all(map(re.search, says, notes))
+    names = [] if "not measured" in str(says) else ["accuracy", "clear"]
+    assert [name for name, *_ in judges] == names
+    image = world.draw([KNOWN], torch.Generator().manual_seed(5))
+    assert all(function(image, [KNOWN], [{}]) == 1 for _, _, function in judges)
+
+
+def test_a_run_with_prompts_of_its_own_has_these_notes(tmp_path):
+    (tmp_path / "own.txt").write_text("a cat\na dog\n")
+    options = ["--prompts", f"{tmp_path}/own.txt", "--prompts_per_step", "1", "--device", "cpu"]
+    run = train.Run(train.parse_options([*options, "--output_dir", f"{tmp_path}/run"]))
+    assert "2 of the prompts" in run.notes[0] and "1 of the 1 held-out" in run.notes[1]
+    assert [name for name, *_ in run.eval_reward.parts] == ["clipscore"]
