@@ -375,8 +375,10 @@ class Run:
             self.reward = build_reward(c.reward, c.device, clip)
             if c.eval_rewards:
                 measured += build_reward(c.eval_rewards, c.device, clip, "--eval_rewards").parts
-        if not c.pretrained and world.can_judge(self.held_out.prompts, c.resolution):
-            measured += world.JUDGES
+        if not c.pretrained:
+            prompts = self.train.prompts, self.held_out.prompts
+            judges, notes = world.judges(*prompts, c.resolution)
+            measured, self.notes = measured + judges, self.notes + notes
         self.eval_reward = Reward([*self.reward.parts, *((n, 0.0, f) for n, _, f in measured)])
         self.copies, self.layers, self.backends = {}, [], []
         for precision in dict.fromkeys(["bf16", *(stage.precision for stage in self.stages)]):
