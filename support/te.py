@@ -52,7 +52,7 @@ def unusable(precision, device):
 
 def recipe(precision):
     """TE's recipe for a quant.Precision. Random rotations (RHT) and stochastic rounding serve
-    training only. DelayedScaling, which some code uses for FP4, would run FP8 instead."""
+    training only."""
     from transformer_engine.common import recipe as recipes
 
     if precision.format == "fp8":
@@ -79,8 +79,8 @@ class TEMatmul(nn.Module):
 
     def __init__(self, weight, bias, precision):
         super().__init__()
-        self.recipe, options = recipe(precision), dict(params_dtype=torch.bfloat16)
-        options |= dict(bias=bias is not None, device=weight.device)
+        self.recipe = recipe(precision)
+        options = dict(bias=bias is not None, params_dtype=torch.bfloat16, device=weight.device)
         self.linear = transformer_engine.pytorch.Linear(*weight.T.shape, **options)
         self.linear.requires_grad_(False)
         if bias is not None:
@@ -107,34 +107,29 @@ class TEMatmul(nn.Module):
 
 @torch.no_grad()
 def self_check(layer, name, precision, quantize, simulate):
-    """Compare TE with the simulation on `layer` (nn.Linear or 1x1 nn.Conv2d), with noise as input.
-
-    In NVFP4 both must quantize the weight and the input to the same bytes. Their outputs must agree
-    within 8e-3 of the largest output, as in TE's own tests. precision: quant.Precision; quantize
-    and simulate: quant.quantize_nvfp4 and quant.SimulatedMatmul. Raises InputError if they differ.
-    """
+    """Compare TE with the simulation (quant.quantize_nvfp4 and quant.SimulatedMatmul) on `layer`, an
+    nn.Linear or 1x1 nn.Conv2d, with noise as input. In NVFP4 both must give the same bytes. Outputs
+    must agree within 8e-3 of the largest, as in TE's own tests. Raises InputError otherwise."""
     weight, generator = layer.weight.flatten(1), torch.Generator().manual_seed(0)
     x = torch.randn(96, weight.shape[1], generator=generator).to(weight.device, torch.bfloat16)
 
     def compare(what, actual, expected, tolerance=0):
         error = (actual.float() - expected.float()).abs()
         wrong = int((~(error <= tolerance)).sum())  # a NaN is wrong too
-        require(
-            wrong == 0,
-            f"Transformer Engine and the simulation differ in layer {name}, in {wrong} of "
-            f"{error.numel()} {what} by up to {float(error.max()):.3g}; to simulate instead, "
-            "uninstall transformer-engine",
-        )
+        found = f"in {wrong} of {error.numel()} {what} by up to {float(error.max()):.3g}"
+        differ = f"Transformer Engine and the simulation differ in layer {name}, {found}"
+        require(wrong == 0, f"{differ}; to simulate instead, uninstall transformer-engine")
 
     if precision.format == "nvfp4":
         from transformer_engine.pytorch.tensor.nvfp4_tensor import NVFP4Quantizer
 
         for what, tensor, block in (("weight", weight, (16, 16)), ("input", x, (1, 16))):
             row_scaled = precision.row_scaled and what == "input"
-            options = dict(row_scaled_nvfp4=True) if row_scaled else {}
+            options = dict(rowwise=True, columnwise=False, with_2d_quantization=what == "weight")
+            if row_scaled:
+                options["row_scaled_nvfp4"] = True
             if precision.four_over_six:
                 options |= dict(nvfp4_use_4over6=True, nvfp4_e4m3_max=256)
-            options |= dict(rowwise=True, columnwise=False, with_2d_quantization=what == "weight")
             stored = NVFP4Quantizer(**options)(tensor)
             q = quantize(tensor, block, precision.four_over_six, row_scaled)
             compare(f"codes of the {what}", stored._rowwise_data, q.codes)
