@@ -63,12 +63,12 @@ class Reward:
     def scores(self, images, prompts, metadata=None):
         """{name of a part: raw scores}, and their "weighted_sum"; each float32 (n,) on the CPU.
         Raises InputError on wrong images or where a reward fails. NaN is returned."""
-        n, shape, scores = len(prompts), tuple(images.shape), {}
+        n, shape, scores, total = len(prompts), tuple(images.shape), {}, 0
         low, high = images.aminmax()
         right = len(shape) == 4 and shape[:2] == (n, 3) and 0 <= low <= high <= 1  # False for NaN
         wrong = f"{shape} with pixels from {low:.4g} to {high:.4g}"
         require(right, f"a reward scores {n} images (3, H, W) in [0, 1], not {wrong}")
-        for name, _, function in self.parts:
+        for name, weight, function in self.parts:
             where = f"reward {name} for prompt {prompts[0]!r}"
             # Copies, so that no reward changes what the next one sees.
             rows = [copy.deepcopy(row) for row in metadata or [{}] * n]
@@ -80,8 +80,8 @@ class Reward:
                 problem = f"raised {type(error).__name__}: {one_line(error)}"
                 raise InputError(f"{where} {problem}") from error
             scores[name] = as_scores(returned, n, where)
-        scores["weighted_sum"] = sum(weight * scores[name] for name, weight, _ in self.parts)
-        return scores
+            total = total + weight * scores[name]
+        return scores | {"weighted_sum": total}
 
 
 def as_scores(returned, n, where):

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from support.errors import InputError
+from support.errors import require
 from support.hub import fetch
 
 
@@ -30,7 +30,7 @@ def normalize(images):
 
 def clip_pixels(images, side, round_offset=int):
     """CLIP's preprocessing: (n, 3, H, W) in [0, 1] -> float32 (n, 3, side, side). The shorter edge
-    becomes `side`, as Pillow's bicubic filter resizes, to the last bit, on the images' device. The
+    becomes `side`, resized to the last bit as Pillow does it (bicubic), on the images' device. The
     central square is cut out. round_offset: `int` or `round`, for the offset of the cut."""
     pixels = (255 * images).round().double()  # as in the file that a pipeline would have saved
     h, w = images.shape[-2:]
@@ -74,8 +74,8 @@ class CLIPReward:
         transformers.utils.logging.disable_progress_bar()  # it would end before anyone can read it
         options = dict(config=config, dtype=torch.float32, output_loading_info=True)
         clip, info = transformers.CLIPModel.from_pretrained(None, state_dict=state, **options)
-        for key in (*info["missing_keys"], *info["unexpected_keys"]):
-            raise InputError(f"missing or unexpected key {key} in its weights")
+        wrong = [*info["missing_keys"], *info["unexpected_keys"]]
+        require(not wrong, f"missing or unexpected in its weights: {', '.join(wrong)}")
         self.clip = clip.to(device).eval().requires_grad_(False)
 
     @torch.no_grad()

@@ -82,6 +82,11 @@ def test_functions_of_equal_names_in_two_folders_are_kept_apart(mine, monkeypatc
     assert scores == expected
 
 
+def test_a_measured_reward_of_the_same_name_does_not_change_the_sum():
+    parts = [("f", 1.0, lambda *_: [1, 2]), ("f", 0.0, lambda *_: [5, 6])]
+    assert rewards.Reward(parts)(*ARGUMENTS).tolist() == [1, 2]
+
+
 def test_a_rewards_file_imports_what_lies_beside_it(mine):
     assert build_reward(f"{mine}:blue")(IMAGES, ["a", "b"]).tolist() == [0, 1]
 
