@@ -99,7 +99,7 @@ class Config:
     lora: str = option("", "a LoRA in diffusers' format to start from: a folder, file or hub id")
     reward: str = option("clipscore", "NAME, NAME:WEIGHT,NAME:WEIGHT or path/to/file.py:function")
     eval_rewards: str = option("", "rewards that are only measured, on the held-out prompts")
-    prompts: str = option("", "file with one prompt per line, or .jsonl with 'prompt' and metadata")
+    prompts: str = option("", "a .txt of prompts, or a .jsonl with 'prompt' and metadata")
     eval_prompts: str = option("", "file of held-out prompts; else every tenth prompt, at most 64")
     resolution: int = option(1024, "side of the images in pixels")
 
