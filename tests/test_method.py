@@ -74,11 +74,11 @@ class Naive:
                 weight.data = weight.data.bfloat16().float()
 
     @torch.no_grad()
-    def draw(self, precision, prompts, seeds, steps):
+    def draw(self, precision, text, seeds, steps):
         """x_0 for each seed, by Euler's steps of equal length from t = 1 to t = 0."""
         network = copy.deepcopy(self.transformer)
         quant.quantize_linears(network, precision, self.model.keep_bf16)
-        x, text = initial_noise(seeds, self.model.latent_shape), self.model.encode(prompts)
+        x = initial_noise(seeds, self.model.latent_shape)
         for t, t_next in pairwise(torch.linspace(1, 0, steps + 1)):
             x = x + (t_next - t) * self.model.velocity(network, x, t.expand(len(x)), text)
         return x
@@ -191,19 +191,20 @@ def iterations(request, naive):
             seen.images, seen.prompts, result = watched(run, numbers, train.iteration, step)
             seen.metrics, seen.after = result[0], policies(run)
             seen.rows = train.step_prompts(run.config, len(run.train.prompts), step)
-            seen.naive = [rollouts(run, naive, seen, stages, i) for i in range(2)]
+            seen.texts = run.model.encode([run.train.prompts[row] for row in seen.rows])
+            seen.naive = [rollouts(naive, seen, stages, i) for i in range(2)]
             made.append(seen)
     return run, made
 
 
-def rollouts(run, naive, seen, stages, i):
+def rollouts(naive, seen, stages, i):
     """The naive rollouts of a step's prompt i: (the x_0 of all its stages, the Candidates that are
     trained on, their rewards)."""
     naive.become(seen.before["old"], merged=True)
-    row, pool, drawn = seen.rows[i], stages[0][2], []
+    row, text, pool, drawn = seen.rows[i], seen.texts.take(i), stages[0][2], []
     seeds = candidate_seeds(SEED, seen.step, row, len(pool[i]))
     for precision, steps, rewards in stages:
-        x_0 = naive.draw(precision, [run.train.prompts[row]], seeds, steps)
+        x_0 = naive.draw(precision, text, seeds, steps)
         drawn.append(x_0)
         kept = naive_selection(rewards[i]) if rewards is pool else range(4)
         seeds = [seeds[k] for k in kept]
@@ -217,7 +218,7 @@ def test_the_old_policy_draws_what_the_algorithm_says(iterations):
         drawn = [torch.cat(stages) for stages, _, _ in seen.naive]
         expected = run.model.decode(torch.cat(drawn))
         assert seen.images.shape == expected.shape
-        assert (seen.images - expected).abs().mean() < 1e-5
+        assert (seen.images - expected).abs().max() < 1e-4
         rows = [row for row, x_0 in zip(seen.rows, drawn) for _ in x_0]
         assert seen.prompts == [run.train.prompts[row] for row in rows]
 
@@ -236,8 +237,7 @@ def test_the_gradient_is_the_naive_one(iterations, naive):
         advantages = naive_advantages([rewards for *_, rewards in seen.naive])
         advantages = torch.tensor(advantages)[chosen]
         x_t = torch.stack([(1 - s) * x + s * n for x, n, s in zip(x_0, noise, t)])
-        texts = run.model.encode([run.train.prompts[row] for row in seen.rows])
-        at, velocities = (x_t, t, texts.take(chosen // 4)), []
+        at, velocities = (x_t, t, seen.texts.take(chosen // 4)), []
         for policy in ("old", "base"):
             naive.become(seen.before[policy])
             velocities.append(naive.velocity(*at).detach())
@@ -351,8 +351,9 @@ def test_the_ema_policy_is_evaluated_from_noise_that_no_seed_changes(naive):
         prompts = [prompt for prompt in run.held_out.prompts for _ in range(2)]
         seeds = [s for i in range(len(prompts) // 2) for s in evaluation_seeds(i, 2)]
         images, seen, drawn = watched(run, range(len(prompts)), train.evaluate)
+        text = run.model.encode(prompts)
         naive.become(policies(run)["ema"], merged=True)
-        expected = run.model.decode(naive.draw("bf16", prompts, seeds, 3))
+        expected = run.model.decode(naive.draw("bf16", text, seeds, 3))
         assert seen == prompts and (images - expected).abs().max() < 1e-4
         assert drawn.rewards.tolist() == list(range(len(prompts)))
         assert [run.held_out.prompts[i] for i in drawn.indices] == prompts and drawn.seeds == seeds
