@@ -48,7 +48,7 @@ ALGORITHMS = {  # the table "Rollout families" of the paper: precision, steps, r
     "naive_quant": [("nvfp4", 5, PROXIES)],
     "diffusionnft": [("bf16", 5, REWARDS)],
 }
-MAX_GRAD_NORM = {0: 1e9, 701: 0.5}  # by step: the gradient of the second iteration is clipped
+MAX_GRAD_NORM = {0: 1e9, 701: 0.1}  # by step: the gradient of the second iteration is clipped
 
 
 # ---------------------------------------------------------------------------------------------
@@ -248,7 +248,7 @@ def test_the_gradient_is_the_naive_one(iterations, naive):
 
         total = naive.gradient(seen.before["default"], loss, *at)
         norm = 3 * torch.cat([g.flatten() for g in total]).norm().item()
-        assert seen.metrics["grad_norm"] == pytest.approx(norm, rel=1e-4)
+        assert seen.metrics["grad_norm"] == pytest.approx(norm, rel=1e-4) and norm > 0.1
         scale = 3 * min(1, MAX_GRAD_NORM[seen.step] / norm)
         for expected, got in zip(total, seen.gradient, strict=True):
             assert (got - scale * expected).norm() < 1e-4 * scale * expected.norm()

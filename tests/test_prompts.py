@@ -18,8 +18,6 @@ GENEVAL = b'{"prompt": "a red ring", "tag": "colors"}\n{"prompt": "a cross"}\n'
         ("empty.txt", b"\n \n", "has no prompt"),
         ("broken.jsonl", b'{"prompt": "a"}\n{"prompt": \n', "line 2: has no valid 'prompt'"),
         ("number.jsonl", b'{"prompt": 1}\n', "line 1: "),
-        ("array.jsonl", b'[{"prompt": "a red ring"}]', "line 1: "),
-        ("capital.jsonl", b'{"Prompt": "a red ring"}', "line 1: "),
         ("halfemoji.jsonl", rb'{"prompt": "a cat \ud83d", "n": 1}', "line 1: "),
         ("hps.json", b'[\n "a red ring"\n]', "line 1: looks like JSON or a table; give a .txt"),
         ("drawbench.csv", b"Prompts,Category\na red ring,Colors\n", "line 1: looks like"),
@@ -82,7 +80,5 @@ def test_held_out_prompts_that_are_trained_on_are_said(tmp_path):
     train, held_out, notes = split_prompts(path, "", [], [])
     assert train == held_out == Prompts(["one cat"], [{}])
     assert notes == ["1 of the 1 held-out prompts are trained on too"]
-    assert split_prompts("", "", ["a", "b"], ["c"])[:2] == (
-        Prompts(["a", "b"], [{}, {}]),
-        Prompts(["c"], [{}]),
-    )
+    train, held_out, _ = split_prompts("", "", ["a", "b"], ["c"])
+    assert (train, held_out) == (Prompts(["a", "b"], [{}, {}]), Prompts(["c"], [{}]))
