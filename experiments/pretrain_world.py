@@ -4,27 +4,20 @@
     python experiments/pretrain_world.py sana flux  # only these, and what they are built on
     python experiments/pretrain_world.py judge      # the figures by which the models are judged
 
-They are of diffusers' and transformers' own classes, in BF16, with the sizes and the tokenizers of
-support/tiny. `sana/`, `flux/` and `sd3/` are whole pipelines. `clip/` is a CLIPModel that serves as
-the reward. `classifier/` judges the pictures, and nothing is trained on what it says.
+They are of diffusers' and transformers' own classes, in BF16. Sizes, tokenizers and schedulers are
+read from support/tiny. `sana/`, `flux/` and `sd3/` are whole pipelines. `clip/` is a CLIPModel that
+serves as the reward. `classifier/` judges the pictures; nothing is trained on what it says.
 
 The flow models are trained on captions like those of the web, which are often wrong: each of the
 five attributes is replaced with probability 0.2. So they draw clear shapes that often are not what
 the prompt says, which reinforcement learning then corrects. The CLIP learns from right captions,
 among them captions that differ in one attribute only, and from spoiled pictures.
 
-The tiny models differ from real ones in this:
- 1. The weights of Gemma2 and T5 are random. Different prompts have different features, and the
-    transformer needs no more.
- 2. The CLIP with which FLUX.1 and SD3.5 read prompts is the reward's.
- 3. The flow models were never trained without a prompt, so there is no classifier-free guidance.
-
-All parts take about two and a half hours on one core of an AMD EPYC with AVX512-BF16. The tensors
-are so small that a second thread hardly helps. With two cores, make two parts at the same time.
+docs/models.md says in what the tiny models differ from the published ones.
+All parts take about two and a half hours on one core of an AMD EPYC with AVX512-BF16.
 """
 
 import argparse
-import itertools
 import json
 import sys
 import tempfile
@@ -42,8 +35,10 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 import transformers
-from diffusers import AutoencoderDC, AutoencoderKL
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from reward import build_reward
 from rollout import sample
@@ -105,16 +100,12 @@ def fresh(folder):
 
 
 def pretrain(model, loss, part):
-    """Train with AdamW, a warm-up and a linear decay in the last third, for as long and as fast as
-    PRETRAINING says. The model is left with averaged weights, frozen."""
+    """Train with AdamW, a warm-up and a linear decay in the last third, as PRETRAINING says. The
+    model is left with averaged weights, frozen."""
     steps, learning_rate = PRETRAINING[part]
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min((i + 1) / 100, 1.0, 3 * (steps - i) / steps)
-    )
-    average = torch.optim.swa_utils.AveragedModel(
-        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.995)
-    )
+    schedule = LambdaLR(optimizer, lambda i: min((i + 1) / 100, 1.0, 3 * (steps - i) / steps))
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.995))
     for _ in tqdm(range(steps), desc=f"pretraining {part}"):
         value = loss()
         optimizer.zero_grad()
@@ -128,8 +119,7 @@ def pretrain(model, loss, part):
 
 
 def part(name):
-    """The folder of a part, which is built now if it is missing. It is written to a temporary
-    folder and renamed, so it is either complete or absent."""
+    """The folder of a part, which is built now if it is missing, and is complete or absent."""
     folder = FOLDER / name
     if folder.is_dir():
         return folder
@@ -153,27 +143,27 @@ def part(name):
 # Autoencoders
 
 
-AUTOENCODERS = {  # name -> (class, folder of the shipped one, batch)
-    "autoencoder_dc": (AutoencoderDC, "sana/vae", 64),
-    "autoencoder_kl": (AutoencoderKL, "flux/vae", 32),
+AUTOENCODERS = {  # name -> (folder of the shipped one, batch)
+    "autoencoder_dc": ("sana/vae", 64),
+    "autoencoder_kl": ("flux/vae", 32),  # of SD3.5 too
 }
 
 
 def build_autoencoder(generator, name):
-    """SANA's autoencoder, or that of FLUX.1 and Stable Diffusion 3.5."""
-    module_class, folder, batch = AUTOENCODERS[name]
+    folder, batch = AUTOENCODERS[name]
     vae = fresh(folder)
-    if module_class is AutoencoderKL:  # log variances: little noise
+    variational = isinstance(vae, diffusers.AutoencoderKL)
+    if variational:  # log variances: little noise
         torch.nn.init.constant_(vae.encoder.conv_out.bias[8:], -6.0)
 
     def loss():
         x = 2 * random_pictures(batch, generator)[1] - 1
-        if module_class is AutoencoderDC:
-            z = vae.encode(x, return_dict=False)[0]
-            penalty = 1e-4 * z.square().mean()
-        else:
+        if variational:
             latents = vae.encode(x).latent_dist
             z, penalty = latents.sample(generator), 1e-6 * latents.kl().mean()
+        else:
+            z = vae.encode(x).latent
+            penalty = 1e-4 * z.square().mean()
         # Noise on the latents makes the decoder tolerate the errors of the flow model.
         z = z + 0.03 * z.std().detach() * torch.randn(z.shape, generator=generator)
         y = vae.decode(z, return_dict=False)[0]
@@ -181,27 +171,24 @@ def build_autoencoder(generator, name):
 
     pretrain(vae, loss, name)
     z = encode_images(vae, 2 * random_pictures(4096, generator)[1] - 1)
-    shift = {} if module_class is AutoencoderDC else dict(shift_factor=z.mean().item())
+    shift = dict(shift_factor=z.mean().item()) if variational else {}
     vae.register_to_config(scaling_factor=(1 / z.std()).item(), **shift)
     return [vae]
 
 
 def autoencoder(name):
-    return AUTOENCODERS[name][0].from_pretrained(part(name), dtype=torch.float32)
+    return diffusers.AutoModel.from_pretrained(str(part(name)), dtype=torch.float32)
 
 
 @torch.no_grad()
 def encode_images(vae, images):
     """Latents of images in [-1, 1], before they are shifted and scaled."""
     encoded = [vae.encode(x) for x in images.split(256)]
-    return torch.cat(
-        [e.latent if isinstance(vae, AutoencoderDC) else e.latent_dist.mode() for e in encoded]
-    )
+    return torch.cat([e.latent if "latent" in e else e.latent_dist.mode() for e in encoded])
 
 
 def latents_of(model, images):
-    """Images (n, 3, h, w) in [0, 1] -> the latents float32 (n, c, h, w) that a models.Model's
-    `decode` takes."""
+    """Images (n, 3, h, w) in [0, 1] -> float32 (n, c, h, w), what a models.Model decodes."""
     config = model.vae.config
     z = encode_images(model.vae, (2 * images - 1).to(model.vae.dtype)).float()
     return (z - (config.get("shift_factor") or 0)) * config.scaling_factor
@@ -214,15 +201,15 @@ def latents_of(model, images):
 def batch_of_neighbours(neighbours, generator):
     """64 different indices of training prompts: 16 groups of a prompt and three that differ from it
     in one attribute. neighbours: for each prompt, the indices of those that do."""
-    chosen = {}
+    chosen = []
     for i in torch.randperm(len(neighbours), generator=generator).tolist():
         if len(chosen) == 64:
             break
         order = torch.randperm(len(neighbours[i]), generator=generator).tolist()
-        free = [j for j in (neighbours[i][k] for k in order) if j not in chosen]
+        free = [neighbours[i][k] for k in order if neighbours[i][k] not in chosen]
         if i not in chosen and len(free) >= 3:
-            chosen |= dict.fromkeys([i, *free[:3]])
-    return list(chosen)
+            chosen += [i, *free[:3]]
+    return chosen
 
 
 @torch.no_grad()
@@ -248,11 +235,8 @@ def build_clip(generator):
         images = draw([TRAIN_PROMPTS[i] for i in ids], generator)
         images = through_autoencoders(images, vaes)
         images = torch.cat([images, degrade(images, generator)])
-        output = clip(
-            input_ids=tokens.input_ids[ids],
-            attention_mask=tokens.attention_mask[ids],
-            pixel_values=clip_pixels(images, SIDE),
-        )
+        of_captions = {name: values[ids] for name, values in tokens.items()}
+        output = clip(**of_captions, pixel_values=clip_pixels(images, SIDE))
         target = torch.arange(64)
         # A caption chooses among all 128 pictures; a good picture among the 64 captions.
         caption_loss = F.cross_entropy(output.logits_per_text, target)
@@ -263,7 +247,7 @@ def build_clip(generator):
 
 
 def build_classifier(generator):
-    """Of all captions, since it only judges: nothing is trained on what it says."""
+    """It learns all captions, because nothing is trained on what it says."""
     classifier, vaes = world.Classifier(), [autoencoder(name) for name in AUTOENCODERS]
 
     def loss():
@@ -292,29 +276,19 @@ def build_classifier(generator):
 
 
 def build_sana(generator):
-    pipe = diffusers.SanaPipeline(
-        transformers.AutoTokenizer.from_pretrained(TINY / "sana" / "tokenizer"),
-        fresh("sana/text_encoder"),
-        autoencoder("autoencoder_dc"),
-        fresh("sana/transformer"),
-        diffusers.DPMSolverMultistepScheduler.from_pretrained(TINY / "sana" / "scheduler"),
-    )
-    return train_flow(generator, models.Sana(pipe, SIDE, "euler"), "sana")
+    parts = dict(text_encoder=fresh("sana/text_encoder"), vae=autoencoder("autoencoder_dc"))
+    return train_flow(generator, "sana", **parts, transformer=fresh("sana/transformer"))
 
 
 def build_with_clip(generator, name, clip_classes):
     """FLUX.1 or SD3.5. The CLIP that encodes prompts is also CLIPScore's, as with the published
     models; the last text encoder is T5."""
-    transformer, clip = fresh(f"{name}/transformer"), part("clip")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(clip, model_max_length=10)
-    encoders = [getattr(transformers, c).from_pretrained(clip) for c in clip_classes]
-    encoders.append(fresh(f"{name}/text_encoder_{len(encoders) + 1}"))
-    parts = dict(vae=autoencoder("autoencoder_kl"), transformer=transformer)
-    for suffix, encoder in zip(("", "_2", "_3"), encoders):
-        parts |= {f"text_encoder{suffix}": encoder, f"tokenizer{suffix}": tokenizer}
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(TINY / name / "scheduler")
-    pipe = models.MODELS[name].pipeline(scheduler=scheduler, **parts)
-    return train_flow(generator, models.MODELS[name](pipe, SIDE, "dpm"), name)
+    parts = dict(transformer=fresh(f"{name}/transformer"))
+    for suffix, clip_class in zip(("", "_2"), clip_classes):
+        parts[f"text_encoder{suffix}"] = clip_class.from_pretrained(part("clip"))
+    t5 = f"text_encoder_{len(parts)}"
+    parts[t5] = fresh(f"{name}/{t5}")
+    return train_flow(generator, name, **parts, vae=autoencoder("autoencoder_kl"))
 
 
 def mislabelled(captions, generator):
@@ -322,33 +296,34 @@ def mislabelled(captions, generator):
     captions of the web often are wrong. Held-out captions do not occur."""
     by_attributes, train_prompts = {row: c for c, row in ATTRIBUTES.items()}, set(TRAIN_PROMPTS)
 
-    def replaced(value, num_values):
+    def replaced(value, words):
         if torch.rand((), generator=generator) >= 0.2:
             return value
-        shift = 1 + torch.randint(num_values - 1, (), generator=generator).item()
-        return (value + shift) % num_values
+        shift = 1 + torch.randint(len(words) - 1, (), generator=generator).item()
+        return (value + shift) % len(words)
 
     labels = []
     for caption in captions:
         label = None
         while label not in train_prompts:
-            values = zip(ATTRIBUTES[caption], map(len, VALUES))
-            label = by_attributes[tuple(itertools.starmap(replaced, values))]
+            label = by_attributes[tuple(map(replaced, ATTRIBUTES[caption], VALUES))]
         labels.append(label)
     return labels
 
 
-def train_flow(generator, model, name):
-    """Train the transformer of a models.Model by flow matching on 20 pictures of each training
-    caption; returns [its pipeline]."""
-    transformer = model.transformer
+def train_flow(generator, name, transformer, **parts):
+    """Train a model's transformer by flow matching on 20 pictures of each training caption. Returns
+    [the pipeline of these parts; tokenizers and scheduler are those of support/tiny]."""
+    model_class, parts = models.MODELS[name], parts | {"transformer": transformer}
+    loaded = model_class.pipeline.from_pretrained(TINY / name, **parts)
+    pipe = model_class.pipeline(**loaded.components)  # without the path of support/tiny
+    model = model_class(pipe, SIDE, model_class.paper["solver"])
     torch.nn.init.zeros_(transformer.proj_out.weight)
     torch.nn.init.zeros_(transformer.proj_out.bias)
     images = torch.cat([draw(TRAIN_PROMPTS, generator) for _ in range(20)])
     latents, texts = latents_of(model, images), model.encode(TRAIN_PROMPTS)
-    index = {prompt: i for i, prompt in enumerate(TRAIN_PROMPTS)}
     labels = mislabelled(TRAIN_PROMPTS * 20, generator)
-    text_rows = torch.tensor([index[label] for label in labels])
+    text_rows = torch.tensor([TRAIN_PROMPTS.index(label) for label in labels])
     guided = transformer.config.get("guidance_embeds")
 
     def loss():
@@ -372,12 +347,10 @@ def train_flow(generator, model, name):
     pretrain(transformer, loss, name)
     if texts.pooled is not None:
         # So far the pooled features of CLIP alone said much of what to draw. With those of other
-        # captions, the transformer learns to read the tokens, by its attention, as published models
-        # do. LoRA adapts the attention.
+        # captions, the transformer learns to read the tokens by its attention, which LoRA adapts.
         shuffle_pooled = True
-        transformer.requires_grad_(True)
-        pretrain(transformer, loss, f"{name}, with other pooled features")
-    return [model.pipe]
+        pretrain(transformer.requires_grad_(True), loss, f"{name}, with other pooled features")
+    return [pipe]
 
 
 PARTS = {
@@ -385,8 +358,8 @@ PARTS = {
     "clip": build_clip,
     "classifier": build_classifier,
     "sana": build_sana,
-    "flux": partial(build_with_clip, name="flux", clip_classes=["CLIPTextModel"]),
-    "sd3": partial(build_with_clip, name="sd3", clip_classes=["CLIPTextModelWithProjection"] * 2),
+    "flux": partial(build_with_clip, name="flux", clip_classes=[CLIPTextModel]),
+    "sd3": partial(build_with_clip, name="sd3", clip_classes=[CLIPTextModelWithProjection] * 2),
 }
 SHIPPED = ["clip", "classifier", "sana", "flux", "sd3"]
 

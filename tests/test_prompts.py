@@ -88,7 +88,5 @@ def test_held_out_prompts_that_are_trained_on_are_said(tmp_path):
     train, held_out, notes = split_prompts(path, "", [], [])
     assert train == held_out == Prompts(["one cat"], [{}])
     assert notes == ["1 of the 1 held-out prompts are trained on too"]
-    assert split_prompts("", "", ["a", "b"], ["c"])[:2] == (
-        Prompts(["a", "b"], [{}, {}]),
-        Prompts(["c"], [{}]),
-    )
+    train, held_out, _ = split_prompts("", "", ["a", "b"], ["c"])
+    assert (train, held_out) == (Prompts(["a", "b"], [{}, {}]), Prompts(["c"], [{}]))

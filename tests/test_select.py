@@ -25,8 +25,8 @@ def test_best_worst_takes_the_best_falling_then_the_worst_rising(kind):
 
 
 def test_the_other_rules():
-    assert selection.mean_deviation([0.0, 0.0, 0.0, 10.0], 1) == [3]
-    assert selection.mean_deviation([1.0, -1.0, 0.0], 2) == [0, 1]
+    # The mean is 2.2. From the median, 0, the first would be the second farthest.
+    assert selection.mean_deviation([1.0, 0.0, 0.0, 0.0, 10.0], 2) == [4, 1]
     chosen = selection.random_subset(REWARDS, 3)
     assert len(set(chosen)) == 3 and chosen == selection.random_subset(REWARDS, 3)
     assert sorted(selection.extremes_random(REWARDS, 6)) == [0, 1, 2, 3, 4, 5]
@@ -49,6 +49,9 @@ def test_rank_fidelity_by_hand():
     assert (got["kendall_tau"], got["spearman_rho"]) == pytest.approx((4 / 6, 0.8))
     assert (got["top_match"], got["top_rank"]) == (1, 1.5)
     assert (got["bottom_match"], got["bottom_rank"]) == (1, 3.5)
+    # With proxy and truth exchanged these ranks would be 4 and 3.
+    got = selection.rank_fidelity([1, 4, 3, 2], [4, 3, 2, 1], 1)
+    assert (got["top_rank"], got["bottom_rank"]) == (2, 1)
     order = list(range(96))
     same = selection.rank_fidelity(order, order, 12)
     assert (same["top_rank"], same["bottom_rank"]) == (6.5, 90.5)  # Table 8's ideal
