@@ -31,7 +31,7 @@ from support import world
 from support.errors import InputError, one_line, require, written_whole
 from support.hub import fetch
 
-# diffusers' schedulers, from the shift of the times towards noise and from what both classes know.
+# They make diffusers' schedulers. shift: of the times towards noise; options: of both classes.
 SOLVERS = {
     "euler": lambda shift, **options: diffusers.FlowMatchEulerDiscreteScheduler(
         shift=shift, **options
@@ -111,8 +111,8 @@ class Model:
         draws. Raises TypeError for a string."""
         if isinstance(prompts, str):
             raise TypeError("encode takes a list of prompts, not a string")
-        parts = self.pipe.components
-        encoders = [parts[name] for name in sorted(parts) if name.startswith("text_encoder")]
+        parts = self.pipe.components.items()
+        encoders = [part for name, part in parts if "text_encoder" in name and part]
         for encoder in encoders:
             encoder.to(self.transformer.device)
         batches = [prompts[i : i + 32] for i in range(0, len(prompts), 32)]
@@ -397,10 +397,12 @@ def read_lora(model, rank, alpha, path):
             A, B = state.pop(a).float(), state.pop(b).float()
             own_alpha = state.pop(f"transformer.{name}.alpha", config.get("lora_alpha", len(A)))
             scale = float(own_alpha) / (rank**0.5 if config.get("use_rslora") else rank)
-            require(len(A) == rank, f"has rank {len(A)}; give --lora_rank {len(A)}")
-            shape, fits = (len(B), A[0].numel()), layer.weight.flatten(1).shape
-            require(shape == fits, f"{name} is {shape}, in this model {tuple(fits)}")
-            require((A.sum() + B.sum()).isfinite(), f"{name} holds NaN or infinity")
+            advice = f"give --lora_rank {len(A)} if all layers have it"
+            require(len(A) == rank, f"{name} has rank {len(A)}; {advice}")
+            change, weight = B.flatten(1) @ A.flatten(1), layer.weight.flatten(1)
+            shapes = f"{tuple(change.shape)}, in this model {tuple(weight.shape)}"
+            require(change.shape == weight.shape, f"{name} is {shapes}")
+            require(change.isfinite().all(), f"{name} holds NaN or infinity")
             found |= {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B * scale * rank / alpha}
     first = min(state, default=None)
     advice = "only pairs of lora_A and lora_B for layers of the transformer are read"
