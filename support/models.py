@@ -396,14 +396,14 @@ def read_lora(model, rank, alpha, path):
         if a in state and b in state:
             A, B = state.pop(a).float(), state.pop(b).float()
             own_alpha = state.pop(f"transformer.{name}.alpha", config.get("lora_alpha", len(A)))
-            scale = float(own_alpha) / (rank**0.5 if config.get("use_rslora") else rank)
+            B *= float(own_alpha) / (rank**0.5 if config.get("use_rslora") else rank) * rank / alpha
             advice = f"give --lora_rank {len(A)} if all layers have it"
             require(len(A) == rank, f"{name} has rank {len(A)}; {advice}")
             change, weight = B.flatten(1) @ A.flatten(1), layer.weight.flatten(1)
             shapes = f"{tuple(change.shape)}, in this model {tuple(weight.shape)}"
             require(change.shape == weight.shape, f"{name} is {shapes}")
             require(change.isfinite().all(), f"{name} holds NaN or infinity")
-            found |= {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B * scale * rank / alpha}
+            found |= {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
     first = min(state, default=None)
     advice = "only pairs of lora_A and lora_B for layers of the transformer are read"
     require(found and not state, f"{len(state)} tensors have no place, first {first}; {advice}")

@@ -284,6 +284,7 @@ def test_a_lora_of_which_any_tensor_has_no_place_is_refused_and_the_first_one_na
             ({B: None}, A),
             ({A: None, B: None}, "0 tensors"),
             ({A: torch.full((4, 16), torch.nan), B: torch.ones(16, 4)}, LAYER),
+            ({f"transformer.{LAYER}.alpha": torch.tensor(torch.nan)}, LAYER),
             ({A: torch.ones(4, 9)}, LAYER),
             ({B: torch.ones(16, 3)}, "cannot be loaded"),
             ({A: torch.ones(2, 16), B: torch.ones(16, 2)}, "give --lora_rank 2"),
