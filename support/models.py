@@ -9,6 +9,7 @@ transformer. The rest is shared. Everywhere in this project
 
 import contextlib
 import json
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,17 +22,23 @@ import numpy as np
 import torch
 import transformers
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from support import world
 from support.errors import InputError, one_line, require, written_whole
 from support.hub import fetch
 
+# They make diffusers' schedulers. shift: of the times towards noise; options: of both classes.
 SOLVERS = {
-    "euler": diffusers.FlowMatchEulerDiscreteScheduler,
-    "dpm": diffusers.DPMSolverMultistepScheduler,
+    "euler": lambda shift, **options: diffusers.FlowMatchEulerDiscreteScheduler(
+        shift=shift, **options
+    ),
+    "dpm": lambda shift, **options: diffusers.DPMSolverMultistepScheduler(
+        flow_shift=shift, prediction_type="flow_prediction", use_flow_sigmas=True, **options
+    ),
 }
 DECODED_PIXELS = 2**21  # of the images that are decoded at once: two of 1024 x 1024
 
@@ -100,9 +107,12 @@ class Model:
 
     @torch.no_grad()
     def encode(self, prompts):
-        """n prompts -> Text of n rows on the CPU, where the encoders wait while a GPU draws."""
-        names = ("text_encoder", "text_encoder_2", "text_encoder_3")
-        encoders = [getattr(self.pipe, name) for name in names if getattr(self.pipe, name, None)]
+        """A list of n prompts -> Text of n rows on the CPU, where the encoders wait while a GPU
+        draws. Raises TypeError for a string."""
+        if isinstance(prompts, str):
+            raise TypeError("encode takes a list of prompts, not a string")
+        parts = self.pipe.components.items()
+        encoders = [part for name, part in parts if "text_encoder" in name and part]
         for encoder in encoders:
             encoder.to(self.transformer.device)
         batches = [prompts[i : i + 32] for i in range(0, len(prompts), 32)]
@@ -112,14 +122,11 @@ class Model:
         return Text(*(None if part[0] is None else torch.cat(part) for part in zip(*texts)))
 
     def scheduler(self, steps, shift=None, **timestep_options):
-        """diffusers' scheduler for `solver` with its timesteps set. shift: of the times towards
-        noise; None is the published one."""
+        """diffusers' scheduler for `solver` with its timesteps set. shift: None is the published one.
+        No other setting of the published scheduler is used: some make the sampler stochastic."""
         config = self.pipe.scheduler.config
         shift = shift or config.get("shift", config.get("flow_shift"))
-        # Each class takes those of the options that it knows.
-        options = dict(prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=2)
-        options |= dict(shift=shift, flow_shift=shift)
-        scheduler = SOLVERS[self.solver].from_config(config, **options)
+        scheduler = SOLVERS[self.solver](shift, use_dynamic_shifting="mu" in timestep_options)
         scheduler.set_timesteps(steps, **timestep_options)
         scheduler.set_begin_index(0)
         return scheduler
@@ -241,12 +248,15 @@ class Flux(Model):
         """The shift grows with the number of image tokens, except for FLUX.1-schnell."""
         config, options = self.pipe.scheduler.config, {}
         names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+        by_tokens = {name: config[name] for name in names}
         if config.use_dynamic_shifting:
             tokens = (self.latent_shape[1] // 2) ** 2
-            options["mu"] = calculate_shift(tokens, *(config[name] for name in names))
+            options["mu"] = calculate_shift(tokens, *by_tokens.values())
         if self.solver == "euler":
             options["sigmas"] = np.linspace(1, 1 / steps, steps)  # as the pipeline does
-        return super().scheduler(steps, **options)
+        scheduler = super().scheduler(steps, **options)
+        scheduler.register_to_config(**by_tokens)  # the pipeline looks for them there
+        return scheduler
 
 
 class SD3(Model):
@@ -292,26 +302,20 @@ def load(name, folder=None, resolution=None, solver=None, device="cpu", dtype=No
     folder = model_class.published if folder == "published" else folder
     if folder is None:
         folder, resolution = world.TINY / name, resolution or world.SIDE
-    parts = check_pretrained(name, folder)
+    check_pretrained(name, folder)
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_warning()  # of weights that a text encoder lacks
     # SANA's text encoder is published only as a variant, so copies of it have only that, too.
     copied = any(Path(folder).glob(f"*/*.{model_class.variant}*.safetensors"))
     variant = model_class.variant if copied or folder == model_class.published else None
     dtype = dtype or compute_dtype(device)
     options = dict(dtype=dtype, variant=variant, use_safetensors=True)
     try:
-        encoders = {}
-        for part in [name for name in parts if name.startswith("text_encoder") and parts[name][1]]:
-            # Loaded here because the pipeline would fill missing weights with random numbers.
-            encoders[part], info = getattr(transformers, parts[part][1]).from_pretrained(
-                folder, subfolder=part, output_loading_info=True, **options
-            )
-            if info["missing_keys"]:
-                raise ValueError(f"{part} lacks {sorted(info['missing_keys'])[0]}")
-        pipe = model_class.pipeline.from_pretrained(folder, **encoders, **options).to(device)
+        pipe = model_class.pipeline.from_pretrained(folder, **options).to(device)
     except Exception as error:  # broken files raise exceptions of any kind
         raise InputError(f"--pretrained {folder}: cannot be loaded: {one_line(error)}") from error
+    transformers.utils.logging.set_verbosity_error()
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False)
@@ -319,22 +323,18 @@ def load(name, folder=None, resolution=None, solver=None, device="cpu", dtype=No
 
 
 def check_pretrained(name, folder):
-    """The content of model_index.json, of a folder or the hub, before anything large is loaded.
-    Raises InputError if there is none, or if it is not that of the model `name`."""
+    """Raise InputError unless model_index.json, of a folder or the hub, names the pipeline of the
+    model `name`. Nothing large is downloaded before."""
     prefix, path = f"--pretrained {folder}", Path(folder)
     try:
         if not path.is_dir():
             path = fetch(str(folder), ["model_index.json"], whole=True)
-        parts = json.loads((path / "model_index.json").read_text())
-        pipeline = parts["_class_name"]
-    except InputError as error:
-        raise InputError(f"--pretrained {error}") from error
-    except Exception as error:  # broken files raise exceptions of many kinds
+        pipeline = json.loads((path / "model_index.json").read_text())["_class_name"]
+    except Exception as error:  # broken files raise exceptions of any kind
         raise InputError(f"{prefix}: no readable model_index.json: {one_line(error)}") from error
     fitting = [n for n, m in MODELS.items() if m.pipeline.__name__ == pipeline]
     advice = f"try --model {fitting[0]}" if fitting else "no --model here is"
     require(name in fitting, f"{prefix} is a {pipeline}, not --model {name}; {advice}")
-    return parts
 
 
 def attention_for_training(device):
@@ -354,37 +354,60 @@ ADAPTERS = ("default", "old", "ema")
 def add_lora(model, rank, alpha, path=""):
     """Add the three adapters in float32, with equal values. Only "default" requires gradients.
 
-    path: a LoRA in diffusers' format, a folder, file or id on the hub, whose layers, alpha and
-    values they get, rounded to the transformer's dtype as a pipeline does; without it values are
-    drawn with torch's global generator. Raises InputError if the LoRA cannot be loaded, is not of
-    this rank, or is for text encoders too."""
-    transformer = model.transformer
-    options = dict(init_lora_weights="gaussian", target_modules=list(model.lora_targets))
-    config = LoraConfig(r=rank, lora_alpha=alpha, **options)
+    path: a LoRA in diffusers' or peft's format, a folder, file or id on the hub, whose layers and
+    values they get; without it values are drawn with torch's global generator. Raises InputError if
+    that LoRA cannot be loaded as a whole or has another rank, ValueError if there is one already.
+    """
+    transformer, state, targets = model.transformer, {}, list(model.lora_targets)
     if path:
-        # diffusers would warn that the LoRA has no weights for the text encoders.
-        diffusers.utils.logging.set_verbosity_error()
         try:
-            model.pipe.load_lora_weights(path, adapter_name=ADAPTERS[0], use_safetensors=True)
-            config = transformer.peft_config[ADAPTERS[0]]
+            state = read_lora(model, rank, alpha, path)
         except Exception as error:  # broken files raise exceptions of any kind
-            advice = f"give a folder or file with a LoRA for {model.pipeline.__name__}"
-            problem = f"cannot be loaded ({one_line(error)}); {advice}"
-            raise InputError(f"--lora {path}: {problem}") from error
-        fits = config.r == rank
-        require(fits, f"--lora_rank {rank}: --lora {path} has rank {config.r}; give that")
-        merges = not config.use_dora and not config.lora_bias
-        require(merges, f"--lora {path}: a DoRA or one with biases, which cannot be merged here")
-        parts = [name for name, adapters in model.pipe.get_list_adapters().items() if adapters]
-        only_transformer = parts == ["transformer"]
-        require(only_transformer, f"--lora {path}: is for text encoders too, which are not trained")
-    for adapter in ADAPTERS[1:] if path else ADAPTERS:
-        transformer.add_adapter(config, adapter_name=adapter)
-    first = lora_parameters(transformer, ADAPTERS[0])
+            raise InputError(f"--lora {path}: cannot be loaded: {one_line(error)}") from error
+        # A regular expression, because a list also means layers whose names only end like these.
+        targets = "|".join(sorted({re.escape(name.split(".lora_")[0]) for name in state}))
+    options = dict(init_lora_weights="gaussian", target_modules=targets)
     for adapter in ADAPTERS:
-        for p, value in zip(lora_parameters(transformer, adapter), first):
-            p.data = value.data.float().clone()
+        transformer.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, **options), adapter)
+        for p in lora_parameters(transformer, adapter):
+            p.data = p.data.float()
+        state = state or get_peft_model_state_dict(transformer, adapter_name=adapter)
+        set_peft_model_state_dict(transformer, state, adapter)
     transformer.set_adapter("default")
+
+
+def read_lora(model, rank, alpha, path):
+    """{"LAYER.lora_A.weight" or "LAYER.lora_B.weight": float32} of a LoRA, with lora_B scaled to this
+    alpha. Raises an exception of any kind unless every tensor of the file has a place here."""
+    folder = Path(path) if Path(path).exists() else fetch(path, ["*.safetensors"])
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else [folder]
+    require(len(files) == 1, f"give one safetensors file; here are {[f.name for f in files]}")
+    with safe_open(files[0], "pt") as file:
+        state = {key: file.get_tensor(key) for key in file.keys()}
+        config = (file.metadata() or {}).get("lora_adapter_metadata", "{}")
+    if (peft_config := files[0].with_name("adapter_config.json")).exists():
+        state = {key.replace("base_model.model.", "transformer."): v for key, v in state.items()}
+        config = peft_config.read_text()
+    config = {key.removeprefix("transformer."): v for key, v in json.loads(config).items()}
+    require(not config.get("alpha_pattern"), "its layers have different alphas")
+    found = {}
+    for name, layer in model.transformer.named_modules():
+        a, b = (f"transformer.{name}.lora_{matrix}.weight" for matrix in "AB")
+        if a in state and b in state:
+            A, B = state.pop(a).float(), state.pop(b).float()
+            own_alpha = state.pop(f"transformer.{name}.alpha", config.get("lora_alpha", len(A)))
+            B *= float(own_alpha) / (rank**0.5 if config.get("use_rslora") else rank) * rank / alpha
+            advice = f"give --lora_rank {len(A)} if all layers have it"
+            require(len(A) == rank, f"{name} has rank {len(A)}; {advice}")
+            change, weight = B.flatten(1) @ A.flatten(1), layer.weight.flatten(1)
+            shapes = f"{tuple(change.shape)}, in this model {tuple(weight.shape)}"
+            require(change.shape == weight.shape, f"{name} is {shapes}")
+            require(change.isfinite().all(), f"{name} holds NaN or infinity")
+            found |= {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
+    first = min(state, default=None)
+    advice = "only pairs of lora_A and lora_B for layers of the transformer are read"
+    require(found and not state, f"{len(state)} tensors have no place, first {first}; {advice}")
+    return found
 
 
 def lora_parameters(transformer, adapter):
@@ -422,14 +445,15 @@ def follow(transformer, follower, eta):
 
 
 def save_lora(model, adapter, folder):
-    """Write folder/pytorch_lora_weights.safetensors, which diffusers' pipelines load."""
-    transformer = model.transformer
-    metadata = transformer.peft_config[adapter].to_dict()
-    metadata["target_modules"] = sorted(metadata["target_modules"])  # a set, in any order
+    """Write folder/pytorch_lora_weights.safetensors, which diffusers' pipelines load. Programs that
+    read no alpha multiply lora_B lora_A by 1, so the file has none, and alpha / rank is in lora_B.
+    """
+    config = model.transformer.peft_config[adapter]
+    state = get_peft_model_state_dict(model.transformer, adapter_name=adapter)
+    for name in state:
+        if "lora_B" in name:
+            state[name] = state[name] * (config.lora_alpha / config.r)
     with written_whole(Path(folder) / "pytorch_lora_weights.safetensors") as path:
         model.pipeline.save_lora_weights(
-            folder,
-            transformer_lora_layers=get_peft_model_state_dict(transformer, adapter_name=adapter),
-            transformer_lora_adapter_metadata=metadata,
-            weight_name=path.name,
+            folder, transformer_lora_layers=state, weight_name=path.name
         )

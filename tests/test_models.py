@@ -12,9 +12,10 @@ import sys
 import diffusers
 import pytest
 import torch
-from conftest import PROJECT, load
+from conftest import PROJECT, load, with_policies
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from peft import LoraConfig
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import quant
@@ -78,6 +79,22 @@ def test_sana_is_sampled_at_times_without_a_shift(sana, monkeypatch):
     assert sampling_times(sana, 10).tolist() == pytest.approx(expected)
 
 
+def test_of_a_folders_scheduler_only_the_shift_reaches_the_rollout(model, monkeypatch):
+    """Other settings would make the solver stochastic or change its times without a word."""
+    pipe = model.pipe
+    other = dict(algorithm_type="sde-dpmsolver++", stochastic_sampling=True)
+    other |= dict(use_karras_sigmas=True, solver_order=3, final_sigmas_type="sigma_min")
+    if not isinstance(model, models.Flux):
+        other |= dict(use_dynamic_shifting=True)
+    for solver in models.SOLVERS:
+        monkeypatch.setattr(model, "solver", solver)
+        expected, published = model.scheduler(10), pipe.scheduler
+        with monkeypatch.context() as patch:
+            patch.setattr(pipe, "scheduler", type(published).from_config(published.config, **other))
+            assert model.scheduler(10).config == expected.config
+            assert torch.equal(model.scheduler(10).sigmas, expected.sigmas)
+
+
 def test_flux_schnell_has_no_shift_that_depends_on_the_size(tmp_path):
     shutil.copytree(TINY / "flux", tmp_path / "flux")
     path = tmp_path / "flux" / "scheduler" / "scheduler_config.json"
@@ -114,6 +131,11 @@ def test_prompts_have_as_many_tokens_as_in_the_authors_code(name, tokenizer, tok
     assert model.encode(prompts).embeds.shape[1] == tokens + of_clip
     line = f"1 prompts lose what comes after {tokens} tokens ({tokenizer})"
     assert line in model.cut_off(prompts)
+
+
+def test_a_string_is_no_list_of_prompts(model):
+    with pytest.raises(TypeError, match="list of prompts"):
+        model.encode(PROMPT)
 
 
 def test_text_encoders_are_on_the_device_only_while_they_encode(monkeypatch):
@@ -190,14 +212,93 @@ def test_velocity_is_noise_minus_data_at_times_from_0_to_1(model, monkeypatch):
         assert loss(t) > 1.3 * right
 
 
-def test_a_lora_that_cannot_be_merged_is_refused(tmp_path):
-    """DoRA scales the merged weight, which peft's get_delta_weight leaves out."""
+LAYER = "transformer_blocks.0.attn1.to_q"  # of the tiny SANA
+
+
+def lora_file(folder, changes=None, metadata=None, rank=4, prefix="transformer"):
+    """A LoRA of LAYER whose lora_A and lora_B are random. Returns its tensors without prefix."""
+    g = torch.Generator().manual_seed(1)
+    size = load("sana").transformer.get_submodule(LAYER).weight.shape[0]
+    state = {"lora_A.weight": torch.randn(rank, size, generator=g)}
+    state["lora_B.weight"] = torch.randn(size, rank, generator=g)
+    state = {f"{prefix}.{LAYER}.{name}": tensor for name, tensor in state.items()} | (changes or {})
+    state = {name: tensor for name, tensor in state.items() if tensor is not None}
+    metadata = {f"transformer.{name}": value for name, value in (metadata or {}).items()}
+    metadata = {"lora_adapter_metadata": json.dumps(metadata)} if metadata else None
+    folder.mkdir(exist_ok=True)
+    save_file(state, folder / "pytorch_lora_weights.safetensors", metadata)
+    return {name.removeprefix(f"{prefix}.{LAYER}."): tensor for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize("scale", ["none", "key", "metadata", "root", "peft"])
+def test_a_run_starts_from_the_change_of_weights_that_a_lora_with_its_own_alpha_makes(
+    scale, tmp_path
+):
+    """Its layers get adapters with the method's alpha and without the dropout of the file."""
+    settings = dict(r=4, lora_alpha=12, lora_dropout=0.5, target_modules=["to_q"])
+    if scale == "key":
+        state = lora_file(tmp_path, {f"transformer.{LAYER}.alpha": torch.tensor(12.0)})
+    elif scale == "peft":  # as by get_peft_model(transformer, ...).save_pretrained(folder)
+        state = lora_file(tmp_path, prefix="base_model.model")
+        LoraConfig(**settings).save_pretrained(tmp_path)
+    else:
+        settings |= dict(use_rslora=scale == "root")
+        state = lora_file(tmp_path, metadata=settings if scale != "none" else None)
+    models.add_lora(model := load("sana"), 4, 8, str(tmp_path))
+    ((name, layer),) = models.lora_layers(model.transformer)
+    factor = {"none": 1.0, "root": 12 / 4**0.5}.get(scale, 12 / 4)
+    expected = factor * state["lora_B.weight"] @ state["lora_A.weight"]
+    for adapter in models.ADAPTERS:
+        torch.testing.assert_close(layer.get_delta_weight(adapter), expected)
+        assert isinstance(layer.lora_dropout[adapter], torch.nn.Identity)
+        assert layer.scaling[adapter] == 2 and name == LAYER
+
+
+def test_a_saved_lora_holds_the_change_itself_so_that_no_reader_needs_an_alpha(tmp_path):
     model = load("sana")
-    dora = LoraConfig(r=4, target_modules=["to_q"], use_dora=True)
-    model.transformer.add_adapter(dora, adapter_name="default")
+    with_policies(model)
     models.save_lora(model, "default", tmp_path)
-    with pytest.raises(InputError, match=f"--lora {tmp_path}: a DoRA"):
-        models.add_lora(load("sana"), 4, 8, str(tmp_path))
+    with safe_open(tmp_path / "pytorch_lora_weights.safetensors", "pt") as file:
+        assert "alpha" not in str(file.metadata()) + str(file.keys())
+        for name, layer in models.lora_layers(model.transformer):
+            A, B = (file.get_tensor(f"transformer.{name}.lora_{part}.weight") for part in "AB")
+            assert torch.equal(B @ A, layer.get_delta_weight("default"))
+    models.add_lora(again := load("sana"), 4, 8, str(tmp_path))
+    first, second = (models.lora_parameters(m.transformer, "default") for m in (model, again))
+    assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+
+
+def test_a_lora_of_which_any_tensor_has_no_place_is_refused_and_the_first_one_named(tmp_path):
+    A, B = f"transformer.{LAYER}.lora_A.weight", f"transformer.{LAYER}.lora_B.weight"
+    deeper, tensor = LAYER.replace("blocks.0", "blocks.9"), torch.ones(4, 4)
+    for i, (changes, says) in enumerate(
+        [
+            (
+                {f"transformer.{deeper}.lora_{part}.weight": tensor.clone() for part in "AB"},
+                f"2 .*{deeper}",
+            ),
+            ({f"other.{LAYER}.lora_A.weight": tensor}, f"other.{LAYER}"),
+            ({f"text_encoder.{LAYER}.lora_A.weight": tensor}, "text_encoder"),
+            ({f"transformer.{LAYER}.lora_magnitude_vector": tensor}, "magnitude"),  # a DoRA
+            ({f"transformer.{LAYER}.lora_B.bias": tensor}, "bias"),
+            ({B: None}, A),
+            ({A: None, B: None}, "0 tensors"),
+            ({A: torch.full((4, 16), torch.nan), B: torch.ones(16, 4)}, LAYER),
+            ({f"transformer.{LAYER}.alpha": torch.tensor(torch.nan)}, LAYER),
+            ({A: torch.ones(4, 9)}, LAYER),
+            ({B: torch.ones(16, 3)}, "cannot be loaded"),
+            ({A: torch.ones(2, 16), B: torch.ones(16, 2)}, "give --lora_rank 2"),
+        ]
+    ):
+        path = tmp_path / str(i)
+        lora_file(path, changes)
+        with pytest.raises(InputError, match=says) as error:
+            models.add_lora(model := load("sana"), 4, 8, str(path))
+        assert str(error.value).startswith(f"--lora {path}: ")
+        assert not models.lora_layers(model.transformer)
+    shutil.copy(path / "pytorch_lora_weights.safetensors", path / "other.safetensors")
+    with pytest.raises(InputError, match="other.safetensors.*pytorch_lora_weights.safetensors"):
+        models.add_lora(model, 4, 8, str(path))
 
 
 def test_nothing_in_a_pretrained_folder_is_executed(tmp_path):
@@ -227,8 +328,8 @@ def test_nothing_in_a_pretrained_folder_is_executed(tmp_path):
             assert not ran.exists(), (way, part)
 
 
-def test_a_folder_that_cannot_be_loaded_is_named_in_a_line(tmp_path):
-    """transformers fills missing weights with random numbers, and diffusers does not tell."""
+def test_a_folder_that_cannot_be_loaded_is_named_in_a_line(tmp_path, caplog):
+    """Where a text encoder lacks weights, transformers takes random numbers and says so."""
     for name in ("broken", "incomplete"):
         shutil.copytree(TINY / "flux", tmp_path / name)
     encoder = "text_encoder_2/model.safetensors"
@@ -240,7 +341,6 @@ def test_a_folder_that_cannot_be_loaded_is_named_in_a_line(tmp_path):
     for folder, says in (
         (TINY / "sana", "is a SanaPipeline, not --model flux; try --model sana"),
         (tmp_path / "broken", "cannot be loaded"),
-        (tmp_path / "incomplete", f"text_encoder_2 lacks {missing}"),
         (tmp_path, "no readable model_index.json"),
         (tmp_path / "absent", "neither a folder nor such a model on the hub"),
     ):
@@ -248,6 +348,8 @@ def test_a_folder_that_cannot_be_loaded_is_named_in_a_line(tmp_path):
             models.load("flux", folder)
         assert str(error.value).startswith(f"--pretrained {folder}")
         assert "\n" not in str(error.value)
+    models.load("flux", tmp_path / "incomplete", 32)
+    assert missing in caplog.text
 
 
 def test_a_hub_that_does_not_answer_is_given_up_after_seconds(tmp_path):
