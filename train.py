@@ -96,7 +96,7 @@ class Config:
     pretrained: str = option(
         "", "diffusers folder or hub id; without a value: the published model", optional="published"
     )
-    lora: str = option("", "a LoRA in diffusers' format to start from: a folder, file or hub id")
+    lora: str = option("", "a LoRA to start from, diffusers' or peft's: a folder, file or hub id")
     reward: str = option("clipscore", "NAME, NAME:WEIGHT,NAME:WEIGHT or path/to/file.py:function")
     eval_rewards: str = option("", "rewards that are only measured, on the held-out prompts")
     prompts: str = option("", "a .txt of prompts, or a .jsonl with 'prompt' and metadata")
@@ -119,7 +119,7 @@ class Config:
 
     learning_rate: float = option(3e-4, "learning rate of AdamW")
     max_grad_norm: float = option(1.0, "the gradient is clipped to this norm")
-    lora_rank: int = option(32, "rank of the LoRA; a new one's alpha is twice that")
+    lora_rank: int = option(32, "rank of the LoRA; its alpha is twice that")
     kl: float = option(1e-4, "weight of the KL term against the base model")
     train_micro_batch: int = option(16, "(image, time) pairs trained on at once")
     gradient_checkpointing: bool = option(True, "less memory, more time in the update")

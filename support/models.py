@@ -302,20 +302,26 @@ def load(name, folder=None, resolution=None, solver=None, device="cpu", dtype=No
     folder = model_class.published if folder == "published" else folder
     if folder is None:
         folder, resolution = world.TINY / name, resolution or world.SIDE
-    check_pretrained(name, folder)
+    parts = check_pretrained(name, folder)
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_warning()  # of weights that a text encoder lacks
     # SANA's text encoder is published only as a variant, so copies of it have only that, too.
     copied = any(Path(folder).glob(f"*/*.{model_class.variant}*.safetensors"))
     variant = model_class.variant if copied or folder == model_class.published else None
     dtype = dtype or compute_dtype(device)
     options = dict(dtype=dtype, variant=variant, use_safetensors=True)
     try:
-        pipe = model_class.pipeline.from_pretrained(folder, **options).to(device)
+        encoders = {}
+        for part in [name for name in parts if name.startswith("text_encoder") and parts[name][1]]:
+            # Loaded here because the pipeline would fill missing weights with random numbers.
+            encoders[part], info = getattr(transformers, parts[part][1]).from_pretrained(
+                folder, subfolder=part, output_loading_info=True, **options
+            )
+            if info["missing_keys"]:
+                raise ValueError(f"{part} lacks {sorted(info['missing_keys'])[0]}")
+        pipe = model_class.pipeline.from_pretrained(folder, **encoders, **options).to(device)
     except Exception as error:  # broken files raise exceptions of any kind
         raise InputError(f"--pretrained {folder}: cannot be loaded: {one_line(error)}") from error
-    transformers.utils.logging.set_verbosity_error()
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False)
@@ -323,18 +329,20 @@ def load(name, folder=None, resolution=None, solver=None, device="cpu", dtype=No
 
 
 def check_pretrained(name, folder):
-    """Raise InputError unless model_index.json, of a folder or the hub, names the pipeline of the
-    model `name`. Nothing large is downloaded before."""
+    """The content of model_index.json, of a folder or the hub, before anything large is loaded.
+    Raises InputError unless it names the pipeline of the model `name`."""
     prefix, path = f"--pretrained {folder}", Path(folder)
     try:
         if not path.is_dir():
             path = fetch(str(folder), ["model_index.json"], whole=True)
-        pipeline = json.loads((path / "model_index.json").read_text())["_class_name"]
+        parts = json.loads((path / "model_index.json").read_text())
+        pipeline = parts["_class_name"]
     except Exception as error:  # broken files raise exceptions of any kind
         raise InputError(f"{prefix}: no readable model_index.json: {one_line(error)}") from error
     fitting = [n for n, m in MODELS.items() if m.pipeline.__name__ == pipeline]
     advice = f"try --model {fitting[0]}" if fitting else "no --model here is"
     require(name in fitting, f"{prefix} is a {pipeline}, not --model {name}; {advice}")
+    return parts
 
 
 def attention_for_training(device):
@@ -446,14 +454,19 @@ def follow(transformer, follower, eta):
 
 def save_lora(model, adapter, folder):
     """Write folder/pytorch_lora_weights.safetensors, which diffusers' pipelines load. Programs that
-    read no alpha multiply lora_B lora_A by 1, so the file has none, and alpha / rank is in lora_B.
+    read no alpha multiply lora_B lora_A by 1. So the file has alpha = rank, and lora_B is scaled.
     """
     config = model.transformer.peft_config[adapter]
     state = get_peft_model_state_dict(model.transformer, adapter_name=adapter)
     for name in state:
         if "lora_B" in name:
             state[name] = state[name] * (config.lora_alpha / config.r)
+    layers = sorted({name.split(".lora_")[0] for name in state})
+    metadata = dict(r=config.r, lora_alpha=config.r, target_modules=layers)
     with written_whole(Path(folder) / "pytorch_lora_weights.safetensors") as path:
         model.pipeline.save_lora_weights(
-            folder, transformer_lora_layers=state, weight_name=path.name
+            folder,
+            transformer_lora_layers=state,
+            transformer_lora_adapter_metadata=metadata,
+            weight_name=path.name,
         )
