@@ -41,7 +41,7 @@ from rollout import candidate_seeds, draw, make_copy
 from support import models, world
 from support.errors import InputError, exit_code, require, written_whole
 from support.models import follow
-from support.report import COLOURS, mean_and_error
+from support.report import COLOURS, mean_and_error, network_evaluations
 from train import group_advantages, nft_loss, update
 
 PROJECT = Path(__file__).parent.parent
@@ -295,15 +295,10 @@ def algorithms(given):
 
 
 def evaluations(config):
-    """(evaluations of the model to draw, and to train on, one prompt's candidates in an update).
-    Training on a sample at a time takes 5: forward passes by the policy, the old policy and the
-    base model, and a backward pass, which counts as two."""
-    candidates, stages = train.ALGORITHMS[config.algorithm](config)
-    drawing = 0
-    for stage in stages:
-        drawing += candidates * stage.steps
-        candidates = stage.num_kept or candidates
-    return drawing, 5 * candidates * train.num_timesteps(config)
+    """(evaluations of the model to draw, and to train on, one prompt's candidates in an update)."""
+    pool, stages = train.ALGORITHMS[config.algorithm](config)
+    counts = network_evaluations(pool, stages, train.num_timesteps(config))
+    return sum(counts.values()) - counts["train"], counts["train"]
 
 
 def costs_of_update(model):

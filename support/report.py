@@ -15,6 +15,7 @@ import math
 import statistics
 import textwrap
 import time
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
@@ -39,9 +40,21 @@ COLOURS = {
     "best": "#56B4E9",  # sky blue
     "worst": "#D55E00",  # vermilion
 }
-# For the progress bar: a pair of the update takes as long as this many evaluations of the network
-# in a rollout. Three are forward and one is backward, which counts twice.
+# What a (sample, time) pair of the update costs, in evaluations of the network. Three passes are
+# forward (the policy, the old policy, the base model); one is backward, which counts twice.
 UPDATE_COST = 5
+
+
+def network_evaluations(candidates, stages, num_times):
+    """{stage: evaluations of the network for one prompt of an iteration}, with the update as
+    "train". candidates: the size of the pool; stages: of train.ALGORITHMS; num_times: at which each
+    sample is trained."""
+    counts = Counter()
+    for stage in stages:
+        counts[stage.name] += candidates * stage.steps
+        candidates = stage.num_kept or candidates
+    counts["train"] = candidates * num_times * UPDATE_COST
+    return counts
 
 
 def mean_and_error(values):
@@ -119,11 +132,9 @@ class Report:
 
     def _work(self, step):
         """A process's share of the network evaluations up to the evaluation after a step."""
-        c, drawn = self.run.config, self.run.num_candidates
-        of_a_prompt = c.keep * self.num_times * UPDATE_COST
-        for stage in self.run.stages:
-            of_a_prompt += drawn * stage.steps
-            drawn = stage.num_kept or drawn
+        c, stages = self.run.config, self.run.stages
+        counts = network_evaluations(self.run.num_candidates, stages, self.num_times)
+        of_a_prompt = sum(counts.values())
         evaluations = 1 + step // c.eval_every + (step == c.steps and step % c.eval_every > 0)
         images = evaluations * len(self.run.held_out.prompts) * c.eval_images
         work = step * c.prompts_per_step * of_a_prompt + images * c.eval_steps
