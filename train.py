@@ -47,7 +47,7 @@ from reward import Reward, build_reward
 from support.clock import Clock
 from support.distributed import say
 from support.errors import Stopped, check_finite, exit_code, require
-from support.options import constant, option, parse
+from support.options import check, constant, option, parse
 from support.prompts import split_prompts
 from support.report import UPDATE_COST, Report, reward_metrics
 
@@ -360,7 +360,7 @@ class Run:
     copy of the transformer that draws in it}, `copies`."""
 
     def __init__(self, config):
-        c = self.config = config
+        c = self.config = check(config)  # again, for a Config that was made by hand
         self.clock, self.stop_flag = Clock(c.device), checkpoint.StopFlag()
         self.advance = lambda work: None  # moves the progress bar; work: in network evaluations
         self.num_candidates, self.stages = ALGORITHMS[c.algorithm](c)

@@ -3,18 +3,22 @@
     python experiments/paper.py pool           # Table 3
     python experiments/paper.py fidelity       # Table 8: does NVFP4 rank as BF16 does?
     python experiments/paper.py fidelity --model sana --precision fp8 --prompts 6  # half a minute
+    python experiments/paper.py budget --speed_up 3     # which pool for my explorer? seconds
     python experiments/paper.py control negated --model sana  # one run of train.py under a control
 
-Each command prints its section of docs/results.md and rewrites it there; the last two only print.
-Runs of train.py lie in runs/paper/COMMIT, and every command reuses the complete runs of its commit.
-After a change that is not committed, delete that folder.
+Each command prints a table. It writes it to docs/data as CSV and renews the tables of
+docs/results.md that are made from this file; the last three commands only print. Runs of train.py
+lie in runs/paper/COMMIT, and every command reuses the complete runs of its commit. After a change
+that is not committed, delete that folder.
 """
 
 import argparse
+import csv
 import dataclasses
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -45,7 +49,7 @@ from support.report import COLOURS, mean_and_error, network_evaluations
 from train import group_advantages, nft_loss, update
 
 PROJECT = Path(__file__).parent.parent
-RESULTS = PROJECT / "docs" / "results.md"
+RESULTS, DATA = PROJECT / "docs" / "results.md", PROJECT / "docs" / "data"
 # Asked when the program starts, because the project may change while runs are made.
 COMMIT = subprocess.getoutput(f"git -C '{PROJECT}' describe --always --dirty")
 RUNS = PROJECT / "runs" / "paper" / COMMIT.removesuffix("-dirty")
@@ -74,6 +78,18 @@ def advantage_weighted(v, v_old, v_ref, x_t, x_0, t, advantages, beta=1.0, adv_c
     return nft_loss(v, v_old, v_ref, x_t, x_0, t, r_is_one, beta, adv_clip, kl)
 
 
+def pairwise_dpo(v, v_old, v_ref, x_t, x_0, t, advantages, *settings):
+    """Online DPO with beta = 100: of each two samples, the policy should improve on the base model
+    more for the one with the larger advantage. The arguments are those of nft_loss."""
+    _, metrics = nft_loss(v, v_old, v_ref, x_t, x_0, t, advantages, *settings)
+    times = t.reshape(-1, *[1] * (x_0.dim() - 1))
+    errors = [((x_t - times * u - x_0) ** 2).flatten(1).mean(dim=1) for u in (v, v_ref)]
+    gain = errors[1] - errors[0]  # (B,)
+    margins = 100 * (gain[:, None] - gain)[advantages[:, None] > advantages]
+    loss = -F.logsigmoid(margins).sum() / max(1, len(margins))
+    return loss, metrics | {"loss": loss.detach()}
+
+
 def other_text(run, samples, *arguments):
     """An update in which the samples of each prompt have the text of another prompt."""
     texts = [candidates.text for candidates in samples]
@@ -85,6 +101,24 @@ def other_text(run, samples, *arguments):
 def old_fixed(transformer, follower, eta):
     """eta = 1 for the old policy: the base model draws all candidates."""
     follow(transformer, follower, 1.0 if follower == "old" else eta)
+
+
+def old_slow(transformer, follower, eta):
+    """The old policy follows slowly: eta = .9 in every step."""
+    follow(transformer, follower, 0.9 if follower == "old" else eta)
+
+
+def std_floor(rewards, adv_clip=5.0, std_over="all"):
+    """Advantages over a standard deviation of at least .1, so that small differences stay small."""
+    std = rewards.double().std(correction=0)
+    return group_advantages(rewards, adv_clip, std_over) * float(std / std.clamp(min=0.1))
+
+
+def decaying_rate(run, samples, advantages, step):
+    """An update whose learning rate falls to 0 along a straight line."""
+    for group in run.optimizer.param_groups:
+        group["lr"] = run.config.learning_rate * (1 - step / run.config.steps)
+    return update(run, samples, advantages, step)
 
 
 def every_layer(model, precision, skip=(), min_dim=0):
@@ -103,8 +137,12 @@ CONTROLS = {  # name -> (module, the name of its function that is replaced, what
     "negated": (train, "group_advantages", negated),
     "weights_one": (train, "group_advantages", weights_one),
     "advantage_weighted": (train, "nft_loss", advantage_weighted),
+    "pairwise_dpo": (train, "nft_loss", pairwise_dpo),
     "other_text": (train, "update", other_text),
     "old_fixed": (models, "follow", old_fixed),
+    "old_slow": (models, "follow", old_slow),
+    "std_floor": (train, "group_advantages", std_floor),
+    "decaying_rate": (train, "update", decaying_rate),
     "every_layer": (rollout, "make_copy", every_layer),
 }
 
@@ -140,6 +178,16 @@ class Run:
 
     def gain_at(self, share):
         return self.reward_at(share) - self.rewards[0]
+
+    def plateau(self):
+        """The mean reward of the last third of the run."""
+        last = self.rewards[-(len(self.rewards) // 3) :]
+        return sum(last) / len(last)
+
+    def fall(self, first):
+        """How far the reward falls at most below its highest value so far, from this update on."""
+        falls = [max(self.rewards[: i + 1]) - reward for i, reward in enumerate(self.rewards)]
+        return max(fall for step, fall in zip(self.steps, falls) if step >= first)
 
     def reach(self, reward):
         """The number of updates after which the run first has this reward, interpolated linearly
@@ -180,13 +228,6 @@ def run_variants(given, variants):
     return {(m, v): [run for key, run in zip(keys, runs) if key[:2] == (m, v)] for m, v, _ in keys}
 
 
-def provenance(started):
-    """What docs/results.md says about how something was made that was started at this time."""
-    cpu = subprocess.getoutput("grep -sm1 'model name' /proc/cpuinfo").partition(": ")[2]
-    machine = f"{cpu or 'unknown CPU'}, {os.cpu_count()} cores"
-    return dict(commit=COMMIT, machine=machine, seconds=time.perf_counter() - started)
-
-
 def show(values, form=".3f"):
     """Mean and, if the values differ, its standard error. Infinity stands for a run that does not
     get there."""
@@ -195,11 +236,6 @@ def show(values, form=".3f"):
         return f"not reached by {missing} of {len(values)}"
     mean, error = mean_and_error(values)
     return f"{mean:{form}}" + (f" ± {error:{form.lstrip('+')}}" if len(set(values)) > 1 else "")
-
-
-def table(columns, rows):
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 OWN = {  # columns -> (format, function of a Run)
@@ -219,7 +255,8 @@ PAIRED = {  # columns -> (format, function of the first variant's Run and one of
 
 
 def compare(given, variants, paper=None):
-    """The variants' table, with the leads of the first one. paper: the paper's values."""
+    """(columns, rows) of the variants, with the leads of the first one: mean and standard error
+    over the seeds. paper: the paper's values."""
     runs, rows = run_variants(given, variants), []
     groups = [[model] for model in given.models]
     if len(groups) > 1:
@@ -231,14 +268,12 @@ def compare(given, variants, paper=None):
         own = own if len(group) == 1 else [""] * len(own)
         leads = leads if i else [""] * len(leads)
         paper_cell = [paper[i]] if paper else []
-        rows.append([" + ".join(group), f"`{variant}`", *own, *leads, *paper_cell])
-    columns = ["model", "variant", *OWN, *PAIRED, *(["paper"] if paper else [])]
-    text = f"Mean ± standard error over seeds {given.seeds}; the leads are of the first variant."
-    return f"{text}\n\n{table(columns, rows)}"
+        rows.append([" + ".join(group), variant or "default", *own, *leads, *paper_cell])
+    return ["model", "variant", *OWN, *PAIRED, *(["paper"] if paper else [])], rows
 
 
 # ---------------------------------------------------------------------------------------------
-# Experiments that compare runs. Each returns the text of its section.
+# Experiments that compare runs. Each returns (columns, rows).
 
 VARIANTS = {  # experiment -> variants; "" is the default
     "algorithms": ["", *(f"--algorithm {name}" for name in list(train.ALGORITHMS)[1:])],
@@ -250,6 +285,8 @@ VARIANTS = {  # experiment -> variants; "" is the default
     + [f"control {name}" for name in ("negated", "other_text", "weights_one", "old_fixed")],
     "long_runs": [f"--steps 80 --algorithm {name}" for name in list(train.ALGORITHMS)[:3]],
 }
+LONG = "--steps 150 --kl 4e-2"  # the reward of 24 of 24 has its plateau before the end of it
+UPDATE_RULES = {"NFT": "", "AWR": "control advantage_weighted", "DPO": "control pairwise_dpo"}
 PAPER = {  # the paper's values
     "explore_steps": ["0.3686", "0.3587", "0.3650", "0.3659"],
     "pool": ["0.3686", "0.3569", "0.3622", "0.3663"],
@@ -279,7 +316,6 @@ def comparison(name):
 
 
 def algorithms(given):
-    text = compare(given, VARIANTS["algorithms"])
     figure = Figure(figsize=(4 * len(given.models), 3.5))
     axes = dict(zip(given.models, figure.subplots(1, len(given.models), squeeze=False)[0]))
     for (model, variant), of_seeds in run_variants(given, VARIANTS["algorithms"]).items():
@@ -289,9 +325,13 @@ def algorithms(given):
         axes[model].errorbar(of_seeds[0].steps, means, errors, **style)
         axes[model].set(title=f"tiny {model}", xlabel="updates", ylabel="held-out reward")
         axes[model].legend(title=f"mean, n = {len(of_seeds)} seeds")
+    save(figure, "algorithms.png")
+    return compare(given, VARIANTS["algorithms"])
+
+
+def save(figure, name):
     figure.tight_layout()
-    figure.savefig(RESULTS.with_name("algorithms.png"), dpi=110)
-    return f"{text}\n![the four algorithms](algorithms.png)\n"
+    figure.savefig(RESULTS.with_name(name), dpi=110)
 
 
 def evaluations(config):
@@ -312,40 +352,99 @@ def costs_of_update(model):
     return [n + training for n in (drawing["diffusionnft"], drawing["sol_rl"], modelled)]
 
 
-def milestones(given):
-    runs = run_variants(given, ["", "--algorithm diffusionnft"])
+def plateau(given):
+    """Updates and cost to reach shares of the gain that 24 of 24 has on its plateau."""
+    runs = run_variants(given, [LONG, f"{LONG} --algorithm diffusionnft"])
     columns = ["model", "share of the gain", "updates: 24 of 24", "updates: sol_rl"]
-    columns += ["cost ratio, FP4 at no speed-up", "cost ratio, modelled", "paper's ratio"]
+    columns += ["cost ratio at no speed-up", "cost ratio, modelled", "the paper's ratio"]
     rows = []
     for model in given.models:
         base_cost, *costs = costs_of_update(model)
-        bases, others = runs[model, "--algorithm diffusionnft"], runs[model, ""]
+        bases, others = runs[model, f"{LONG} --algorithm diffusionnft"], runs[model, LONG]
         for share, paper in PAPER_RATIOS[model].items():
-            targets = [(1 - share) * run.rewards[0] + share * run.rewards[-1] for run in bases]
+            targets = [(1 - share) * run.rewards[0] + share * run.plateau() for run in bases]
             updates = [list(map(Run.reach, part, targets)) for part in (bases, others)]
             # A run that does not get there has no ratio.
             ratios = [b / n if 0 < n < math.inf else math.inf for b, n in zip(*updates)]
             cells = [show(numbers, ".1f") for numbers in updates]
             cells += [show([r * base_cost / cost for r in ratios], ".2f") for cost in costs]
             rows.append([model, f"{share:.0%}", *cells, f"{paper}"])
-    text = (
-        f"Updates to reach shares of the final gain of diffusionnft (24 of 24) with the same seed; "
-        f"mean ± standard error over seeds {given.seeds}. Cost ratio: cost of 24 of 24 / cost of "
-        f"sol_rl, seed by seed, in evaluations of the model; the paper's is of GPU-hours. The "
-        f"**modelled** ratio is not measured: it assumes that the rollout of sol_rl is faster than "
-        f"that of naive_scaling by the paper's factor ({SPEED_UPS}).\n\n"
-    )
-    return text + table(columns, rows)
+    return columns, rows
+
+
+def stability(given):
+    """How far the reward falls below its highest value after the update 80."""
+    runs = run_variants(given, [LONG, f"{LONG} --algorithm diffusionnft"])
+    columns = ["model", "variant", "plateau", "highest", "largest fall after 80", "at the end"]
+    columns += ["accuracy at the end", "clear at the end"]
+    rows = []
+    for (model, variant), of_seeds in runs.items():
+        values = [
+            (run.plateau(), max(run.rewards), run.fall(80), run.rewards[-1]) for run in of_seeds
+        ]
+        cells = [show(list(column), ".4f") for column in zip(*values)]
+        for metric in ("eval/accuracy", "eval/clear"):
+            cells.append(show([run.values(metric)[-1] for run in of_seeds], ".1%"))
+        rows.append([model, variant, *cells])
+    return columns, rows
+
+
+def update_rules(given):
+    """24 of 96 against 24 of 24 under three update rules."""
+    columns, rows = [], []
+    for name, control in UPDATE_RULES.items():
+        pair = [f"{control} --kl 4e-2".strip() + rest for rest in ("", " --algorithm diffusionnft")]
+        columns, more = compare(given, pair)
+        rows += [[name, *row] for row in more]
+    return ["update", *columns], rows
 
 
 def naive_fp4(given):
-    text = "In the paper naive_quant starts lower, dips, peaks below BF16 and falls back.\n"
+    columns, rows = [], []
     for setting in NAIVE_FP4:
-        pair = [
-            f"{setting} --algorithm {name}".strip() for name in ("naive_scaling", "naive_quant")
-        ]
-        text += f"\n### {setting or 'the default'}\n\n{compare(given, pair)}"
-    return text
+        names = ("naive_scaling", "naive_quant")
+        pair = [f"{setting} --algorithm {name}".strip() for name in names]
+        columns, more = compare(given, pair)
+        rows += [[setting or "default", *row] for row in more]
+    return ["setting", *columns], rows
+
+
+# ---------------------------------------------------------------------------------------------
+# What a pool can buy (docs/results.md derives it)
+
+POOLS = (24, 48, 96, 192, 384)
+
+
+def contrast(pool, keep, rho=1.0, pools=20_000):
+    """The standard deviation of the rewards of the best and worst keep / 2 of a pool, by a proxy
+    whose correlation with the reward is rho, in units of the rewards' own standard deviation. The
+    rewards are normal; the mean over simulated pools."""
+    rewards, noise = torch.randn(2, pools, pool, generator=rollout.generator("contrast"))
+    order = (rho * rewards + (1 - rho**2) ** 0.5 * noise).argsort(dim=1)
+    kept = torch.cat([order[:, : keep // 2], order[:, pool - keep // 2 :]], dim=1)
+    return float(rewards.gather(1, kept).std(dim=1, correction=0).mean())
+
+
+def pool_cost(c, pool, speed_up, training):
+    """Evaluations of the network in an update with this pool, per prompt. An explorer that is
+    `speed_up` times as fast counts for less. With pool = keep nothing is explored."""
+    explored = pool * c.explore_steps / speed_up if pool > c.keep else 0
+    return explored + c.keep * c.rollout_steps + training
+
+
+def budget(given):
+    """What each pool costs, relative to 24 of 24, to reach the same reward. The signal of an update
+    is proportional to the contrast, so the number of updates falls as the contrast rises."""
+    c = train.parse_options(["--model=sana", "--device=cpu"])
+    training = given.training or evaluations(c)[1]
+    columns = ["pool", "contrast", "updates", *(f"cost at speed-up {s:g}" for s in given.speed_up)]
+    rows, signals = [], [contrast(n, c.keep, given.rho if n > c.keep else 1.0) for n in POOLS]
+    base = pool_cost(c, c.keep, 1, training)
+    for n, signal in zip(POOLS, signals):
+        updates = signals[0] / signal
+        costs = [updates * pool_cost(c, n, s, training) / base for s in given.speed_up]
+        rows.append([str(n), f"{signal:.2f}", f"{updates:.0%}", *(f"{cost:.2f}" for cost in costs)])
+    return columns, rows
 
 
 # ---------------------------------------------------------------------------------------------
@@ -365,12 +464,12 @@ PAPER_RANKS = [
 ]
 
 
-def pool_rewards(model, reward, prompts, transformer, steps, micro_batch):
-    """The rewards of each prompt's pool, (POOL,), always from the same noise."""
+def pool_rewards(model, reward, prompts, transformer, steps, micro_batch, n):
+    """The rewards of each prompt's pool, (n,), always from the same noise."""
     texts, pools = model.encode(prompts), []
     for i, prompt in enumerate(prompts):
-        seeds, rewards = candidate_seeds(0, 0, i, POOL), []
-        for start in range(0, POOL, micro_batch):
+        seeds, rewards = candidate_seeds(0, 0, i, n), []
+        for start in range(0, n, micro_batch):
             batch = seeds[start : start + micro_batch]
             _, images = draw(model, transformer, texts.take(i), batch, steps)
             rewards.append(reward(images, [prompt] * len(batch)))
@@ -388,45 +487,89 @@ def fidelity(given):
     reward = build_reward("clipscore", clip=world.TINY / "clip")
     for name in given.models:
         model = models.load(name)
-        truths = pool_rewards(model, reward, prompts, model.transformer, ROLLOUT_STEPS, POOL)
+        truths = pool_rewards(model, reward, prompts, model.transformer, ROLLOUT_STEPS, POOL, POOL)
         for proxy, (precision, steps, micro_batch) in tqdm(proxies.items(), desc=name):
             skip = () if proxy.endswith("every layer") else model.keep_bf16
             explorer, _ = make_copy(model, precision, skip)
-            pools = pool_rewards(model, reward, prompts, explorer, steps, micro_batch)
+            pools = pool_rewards(model, reward, prompts, explorer, steps, micro_batch, POOL)
             ranks = [train.selection.rank_fidelity(*pair, KEEP) for pair in zip(pools, truths)]
             rows.append([name, proxy, *(show([rank[c] for rank in ranks]) for c in COLUMNS)])
-    text = (
-        f"Pools of {POOL} seeds of {given.prompts} prompts, drawn by the base models in "
-        f"{EXPLORE_STEPS} steps unless the row names another number, ranked against BF16 at "
-        f"{ROLLOUT_STEPS} steps; mean ± standard error over prompts. Match: the share of the "
-        f"proxy's best (worst) {KEEP} that are truly among them. Rank: their mean true rank, 1 = "
-        f"best; perfect 6.5 / 90.5, no information 48.5 / 48.5.\n\n"
-    )
-    return text + table(["model", "proxy", *COLUMNS], rows + PAPER_RANKS)
+    return ["model", "proxy", *COLUMNS], rows + PAPER_RANKS
+
+
+def contrasts(given):
+    """The contrast of pools that the base models draw, and the updates of runs, beside theory."""
+    columns = ["model", "pool", "correlation", "contrast, theory", "contrast, measured"]
+    columns += ["updates, theory", "updates, measured"]
+    base = "--kl 4e-2 --algorithm diffusionnft"
+    variants = [base, *(f"--kl 4e-2 --pool {n}" for n in POOLS[1:])]
+    runs, rows = run_variants(given, variants), []
+    reward, prompts = build_reward("clipscore", clip="tiny"), world.HELD_OUT_PROMPTS[::6]
+    for name in given.models:
+        model = models.load(name)
+        explorer, _ = make_copy(model, "nvfp4", model.keep_bf16)
+        drawn = [(explorer, EXPLORE_STEPS), (model.transformer, ROLLOUT_STEPS)]
+        arguments = [(network, steps, POOL, POOLS[-1]) for network, steps in drawn]
+        proxies, truths = (pool_rewards(model, reward, prompts, *more) for more in arguments)
+        rhos = [float(torch.corrcoef(torch.stack(pair))[0, 1]) for pair in zip(proxies, truths)]
+        rho = sum(rhos) / len(rhos)
+        first = contrast(POOLS[0], POOLS[0])
+        for n, variant in zip(POOLS, variants):
+            theory = contrast(n, POOLS[0], rho if n > POOLS[0] else 1.0)
+            measured = []
+            for proxy, truth in zip(proxies, truths):
+                for p, R in zip(proxy.split(n), truth.split(n)):
+                    kept = R[train.selection.best_worst(p, POOLS[0])]
+                    measured.append(float(kept.std(correction=0) / truth.std(correction=0)))
+            pairs = zip(runs[name, variant], runs[name, base])
+            updates = [run.reach(other.rewards[-1]) / other.steps[-1] for run, other in pairs]
+            cells = [f"{rho:.2f}", f"{theory:.2f}", show(measured, ".2f"), f"{first / theory:.0%}"]
+            rows.append([name, str(n), *cells, show(updates, ".0%")])
+    return columns, rows
 
 
 # ---------------------------------------------------------------------------------------------
-# docs/results.md
+# docs/data and docs/results.md
 
 EXPERIMENTS = {  # name -> (title, function of the command line)
-    "algorithms": ("The four algorithms", algorithms),
-    "milestones": ("Milestones", milestones),
-    "explore_steps": ("Steps of exploring (Table 2)", comparison("explore_steps")),
-    "pool": ("Size of the pool (Table 3)", comparison("pool")),
-    "kept": ("Candidates trained on, at equal updates", comparison("kept")),
-    "selection": ("Best and worst, or random, at equal cost", comparison("selection")),
-    "controls": ("Controls: what the gain rests on", comparison("controls")),
-    "naive_fp4": ("When does training on NVFP4 samples fall behind?", naive_fp4),
+    "algorithms": ("the four algorithms", algorithms),
+    "plateau": ("updates and cost to the plateau of 24 of 24", plateau),
+    "stability": ("does the reward stay on its plateau?", stability),
+    "update_rules": ("24 of 96 against 24 of 24 under other update rules", update_rules),
+    "explore_steps": ("steps of exploring (Table 2)", comparison("explore_steps")),
+    "pool": ("size of the pool (Table 3)", comparison("pool")),
+    "kept": ("candidates trained on, at equal updates", comparison("kept")),
+    "selection": ("best and worst, or random, at equal cost", comparison("selection")),
+    "controls": ("controls: what the gain rests on", comparison("controls")),
+    "naive_fp4": ("when does training on NVFP4 samples fall behind?", naive_fp4),
     "long_runs": ("80 updates: do NVFP4 samples fall behind?", comparison("long_runs")),
-    "fidelity": ("Does NVFP4 rank as BF16 does? (Table 8)", fidelity),
+    "budget": ("which pool for an explorer of this speed?", budget),
+    "contrasts": ("the contrast of measured pools beside theory", contrasts),
+    "fidelity": ("does NVFP4 rank as BF16 does? (Table 8)", fidelity),
 }
 
 
-def replace_section(page, name, text):
-    """The page with this text as its section `name`, at its end if it has none of that name."""
-    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
-    before, _, rest = page.partition(begin)
-    return before + begin + text + end + rest.partition(end)[2]
+def table(columns, rows):
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def fill(page):
+    """The page with the tables made anew that stand below a comment such as
+
+    <!-- pool.csv: model, variant, paper; model = sana -->
+
+    which names a file of docs/data, its columns to show and, perhaps, the rows."""
+
+    def made(match):
+        name, columns, condition = match[1], match[2].split(", "), match[3] or ""
+        with open(DATA / name, newline="") as file:
+            rows = list(csv.DictReader(file))
+        column, _, value = condition.partition(" = ")
+        rows = [[row[c] for c in columns] for row in rows if not column or row[column] == value]
+        return f"{match[0].splitlines()[0]}\n{table(columns, rows)}"
+
+    return re.sub(r"<!-- (\S+\.csv): ([^;]+?)(?:; (.+?))? -->\n(?:\|.*\n)*", made, page)
 
 
 def read_command_line(argv):
@@ -435,14 +578,23 @@ def read_command_line(argv):
     commands = parser.add_subparsers(dest="experiment", required=True, metavar="NAME")
     for name, (title, _) in EXPERIMENTS.items():
         command = commands.add_parser(name, help=title, description=title, allow_abbrev=False)
+        if name == "budget":
+            command.add_argument("--speed_up", nargs="+", type=float, default=[1, 2, 4])
+            command.add_argument("--rho", type=float, default=0.9, help="proxy with reward")
+            command.add_argument(
+                "--training", type=float, help="evaluations for a prompt's samples"
+            )
+            continue
         known = dict(nargs="+", default=list(models.MODELS), choices=models.MODELS)
         command.add_argument("--models", "--model", **known, help="default: all")
         if name != "fidelity":
             command.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-            continue
-        command.add_argument("--prompts", type=int, default=16, help="1 to 72; default: 16")
-        command.add_argument("--precision", choices=train.quant.PRECISIONS, help="only this one")
-        command.add_argument("--explore_steps", type=int, help="with --precision; default: 6")
+        else:
+            command.add_argument("--prompts", type=int, default=16, help="1 to 72; default: 16")
+            command.add_argument(
+                "--precision", choices=train.quant.PRECISIONS, help="only this one"
+            )
+            command.add_argument("--explore_steps", type=int, help="with --precision; default: 6")
     control = commands.add_parser("control", help="one run of train.py under a control")
     control.add_argument("name", help=f"{', '.join(CONTROLS)}, or several joined by +")
     control.add_argument("options", nargs=argparse.REMAINDER, help="options of train.py")
@@ -459,16 +611,18 @@ def main(argv):
     started, given = time.perf_counter(), read_command_line(argv)
     if given.experiment == "control":
         sys.exit(train_under(given.name, given.options))
-    title, experiment = EXPERIMENTS[given.experiment]
-    text, command = experiment(given), shlex.join(["python", "experiments/paper.py", *argv])
-    made = "(commit {commit}; {machine}; {seconds:.0f} s)".format_map(provenance(started))
-    text = f"## {title}\n\n`{command}` {made}\n\n{text}"
-    print(text)
-    if getattr(given, "precision", None):
+    columns, rows = EXPERIMENTS[given.experiment][1](given)
+    print(table(columns, rows))
+    if given.experiment == "budget" or getattr(given, "precision", None):
         return
-    page = RESULTS.read_text() if RESULTS.exists() else ""
+    seconds, command = time.perf_counter() - started, shlex.join(argv)
+    cpu = subprocess.getoutput("grep -sm1 'model name' /proc/cpuinfo").partition(": ")[2]
+    made = f"paper.py {command}; commit {COMMIT}; {cpu}, {os.cpu_count()} cores; {seconds:.0f} s"
+    with written_whole(DATA / f"{given.experiment}.csv") as temporary:
+        with open(temporary, "w", newline="") as file:
+            csv.writer(file).writerows([[*columns, "made by"], *([*row, made] for row in rows)])
     with written_whole(RESULTS) as temporary:
-        temporary.write_text(replace_section(page, given.experiment, text))
+        temporary.write_text(fill(RESULTS.read_text()))
 
 
 if __name__ == "__main__":
