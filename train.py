@@ -49,10 +49,12 @@ from support.distributed import say
 from support.errors import Stopped, check_finite, exit_code, require
 from support.options import constant, option, parse
 from support.prompts import split_prompts
-from support.report import UPDATE_COST, Report, reward_metrics
+from support.report import Report, reward_metrics
 
 # `import select` may give the standard library's module of that name: load ours by its path.
-_spec = importlib.util.spec_from_file_location("selection", Path(__file__).with_name("select.py"))
+_spec = importlib.util.spec_from_file_location(
+    "selection", Path(__file__).resolve().with_name("select.py")
+)
 selection = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(selection)
 
@@ -249,7 +251,7 @@ def update(run, samples, advantages, step):
             sample = [run.train.prompts[candidates.indices[0]]], [candidates.seeds[chosen[0]]]
             check_finite("update", *sample, loss=loss[None], gradient=norm[None])
             run.stop_flag.check()
-            run.advance(UPDATE_COST * len(chosen))
+            run.tell("train")
             for name, value in values.items():
                 totals[name] += float(value) * share
     for p in policy:
@@ -323,7 +325,7 @@ def draw(run, stage, network, indices, text, seeds, steps):
         named = {f"reward {name}": values for name, values in part.scores.items()}
         check_finite(stage, texts, part.seeds, **named)
         run.stop_flag.check()
-        run.advance(len(part.seeds) * steps)
+        run.tell(stage)
         parts.append(part)
     return rollout.join(parts)
 
@@ -362,7 +364,7 @@ class Run:
     def __init__(self, config):
         c = self.config = config
         self.clock, self.stop_flag = Clock(c.device), checkpoint.StopFlag()
-        self.advance = lambda work: None  # moves the progress bar; work: in network evaluations
+        self.tell = lambda stage: None  # shows the stage in the progress bar
         self.num_candidates, self.stages = ALGORITHMS[c.algorithm](c)
         worlds = world.TRAIN_PROMPTS, world.HELD_OUT_PROMPTS
         self.train, self.held_out, self.notes = split_prompts(c.prompts, c.eval_prompts, *worlds)
@@ -430,24 +432,27 @@ def train(config):
         except Stopped:
             if report.lines:  # before the first evaluation nothing is written
                 path = checkpoint.save(c.output_dir, step, run.policies, run.optimizer, saved)
+                report.finish()
                 say(f"stopped after {step} steps; --resume {c.output_dir} continues from {path}")
             raise
-        if distributed.RANK == 0:
-            models.save_lora(run.model, "ema", Path(c.output_dir) / "lora")
-            report.finish()
+        report.finish()
 
 
-def parse_options(argv=None):
-    """The command line (None: the program's own) as a checked Config. Raises InputError."""
+def parse_options(argv=()):
+    """A command line, a list of words, as a checked Config. Raises InputError."""
     paper = {name: model.paper for name, model in models.MODELS.items()}
     return parse(Config, argv, paper, TINY_DEFAULTS)
 
 
 def main(argv=None):
-    """Run the command line; returns the exit code: 0; 2 on bad input; 1 if numbers, memory or the
-    disk failed; 130 after Ctrl-C; 143 after SIGTERM."""
-    with distributed.group():
-        return exit_code("train.py", lambda: train(parse_options(argv)))
+    """Run a command line (None: the program's own); returns the exit code: 0; 2 on bad input; 1 if
+    numbers, memory or the disk failed; 130 after Ctrl-C; 143 after SIGTERM."""
+
+    def run():
+        with distributed.group():
+            train(parse_options(sys.argv[1:] if argv is None else argv))
+
+    return exit_code("train.py", run)
 
 
 if __name__ == "__main__":

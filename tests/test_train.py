@@ -154,8 +154,8 @@ def test_every_algorithm_runs_and_leaves_its_folder(algorithm, tmp_path, monkeyp
     config.algorithm = algorithm
     train.train(config)
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    expected = "config.json metrics.jsonl images curve.png before_after.png lora checkpoints"
-    assert names == set(expected.split())
+    expected = "config.json metrics.jsonl images curve.png before_after.png progress.webp lora"
+    assert names == {*expected.split(), "checkpoints"}
     *_, last = lines(tmp_path / "run")
     assert last["step"] == 2 and {"reward/mean", "eval/gain", "loss", "time/explore"} <= last.keys()
     assert ("time/refine" in last) == (algorithm == "three_stages")
