@@ -94,9 +94,8 @@ def resumed(parser, config_class, argv, folder):
         advice = f"if you trust it, add --{name} {saved[name]}"
         require(trusted, f"--resume {folder}: the run executes a file; {advice}")
     for name, value in given.items():
-        was = f"{name} was {saved[name]!r} and is {value!r}"
-        same = name in RUNNING or value == saved[name]
-        require(same, f"--resume {folder}: {was}; start a new run for that")
+        was = f"{name} was {saved[name]!r} and is {value!r}; start a new run for that"
+        require(name in RUNNING or value == saved[name], f"--resume {folder}: {was}")
     config = check(build(config_class, saved | given))
     done = newest.step
     require(done <= config.steps, f"--steps {config.steps}: the run has done {done}; give more")
@@ -109,9 +108,9 @@ def absolute(options):
     write the same file or the same reward become equal."""
     options = dict(options)
     for name in ("prompts", "eval_prompts", "pretrained", "lora"):
-        value = options[name]
-        is_path = name.endswith("prompts") or value != "published" and Path(value).exists()
-        options[name] = str(Path(value).resolve()) if value and is_path else value
+        is_path = "prompts" in name or Path(options[name]).exists()  # else an id on the hub
+        if is_path and options[name] not in ("", "published"):
+            options[name] = str(Path(options[name]).resolve())
     for name in ("reward", "eval_rewards"):
         options[name] = ",".join(map(absolute_reward, options[name].split(",")))
     return options

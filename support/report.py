@@ -361,7 +361,7 @@ class Report:
         top.axhline(0, color="grey", linewidth=0.8)
         n = len(self.evaluations[0]["eval/rewards"])
         title = f"{' + '.join(trained)}: mean and standard error over {n} prompts"
-        top.set_title(fitted(title, 55), parse_math=False)
+        top.set_title(fitted(title, 62), parse_math=False)
         top.set_ylabel("gain in held-out reward")
         if accurate:
             axis = others.pop(0)
@@ -451,6 +451,7 @@ without guidance, on images drawn by {solver} in {options["rollout_steps"]} step
 Held-out reward: {result}.
 
 ```python
+import torch
 from diffusers import {pipeline}, {solver}
 
 pipe = {pipeline}.from_pretrained({base!r}, dtype=torch.bfloat16{variant})
