@@ -52,7 +52,9 @@ from support.prompts import split_prompts
 from support.report import UPDATE_COST, Report, reward_metrics
 
 # `import select` may give the standard library's module of that name: load ours by its path.
-_spec = importlib.util.spec_from_file_location("selection", Path(__file__).with_name("select.py"))
+_spec = importlib.util.spec_from_file_location(
+    "selection", Path(__file__).resolve().with_name("select.py")
+)
 selection = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(selection)
 
@@ -432,24 +434,27 @@ def train(config):
         except Stopped:
             if report.lines:  # before the first evaluation nothing is written
                 path = checkpoint.save(c.output_dir, step, run.policies, run.optimizer, saved)
+                report.finish()
                 say(f"stopped after {step} steps; --resume {c.output_dir} continues from {path}")
             raise
-        if distributed.RANK == 0:
-            models.save_lora(run.model, "ema", Path(c.output_dir) / "lora")
-            report.finish()
+        report.finish()
 
 
-def parse_options(argv=None):
-    """The command line (None: the program's own) as a checked Config. Raises InputError."""
+def parse_options(argv=()):
+    """A command line, a list of words, as a checked Config. Raises InputError."""
     paper = {name: model.paper for name, model in models.MODELS.items()}
     return parse(Config, argv, paper, TINY_DEFAULTS)
 
 
 def main(argv=None):
-    """Run the command line; returns the exit code: 0; 2 on bad input; 1 if numbers, memory or the
-    disk failed; 130 after Ctrl-C; 143 after SIGTERM."""
-    with distributed.group():
-        return exit_code("train.py", lambda: train(parse_options(argv)))
+    """Run a command line (None: the program's own); returns the exit code: 0; 2 on bad input; 1 if
+    numbers, memory or the disk failed; 130 after Ctrl-C; 143 after SIGTERM."""
+
+    def run():
+        with distributed.group():
+            train(parse_options(sys.argv[1:] if argv is None else argv))
+
+    return exit_code("train.py", run)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
         run.json            the step and every option
 
 No random state is stored, since every random number follows from the seed, the step and the prompt.
-A checkpoint is written to a temporary folder and renamed, so it is either complete or absent.
+A checkpoint is written to a temporary folder and renamed, so it is either complete or absent. Only
+a power failure can damage the newest one, because no one waits until the disk has it.
 Nothing that it holds is executed: there are only safetensors and JSON.
 """
 
@@ -52,9 +53,6 @@ def save(folder, step, policies, optimizer, options):
     try:
         save_file({k: v.contiguous() for k, v in tensors.items()}, unfinished / "state.safetensors")
         (unfinished / "run.json").write_text(json.dumps({"step": step, "options": options}))
-        for name in ("state.safetensors", "run.json"):
-            with open(unfinished / name, "rb") as file:
-                os.fsync(file.fileno())  # renamed only when the disk has it
         unfinished.rename(path)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -11,18 +11,22 @@ number of processes. If a process fails, torchrun ends the others; the last chec
 import contextlib
 import itertools
 import os
+import sys
 from datetime import timedelta
 
 from tqdm import tqdm
 
-RANK = int(os.environ.get("RANK", 0))  # torchrun sets these three
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+from support.errors import InputError
+
+RANK = int(os.environ.get("RANK") or 0)  # torchrun sets these three
+WORLD = int(os.environ.get("WORLD_SIZE") or 1)
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK") or 0)
 
 
 @contextlib.contextmanager
 def group():
-    """Inside, the processes of a run can exchange results; with one process it does nothing."""
+    """Inside, the processes of a run can exchange results; with one process it does nothing.
+    Raises InputError without torchrun's variables."""
     if WORLD == 1:
         yield
         return
@@ -30,7 +34,10 @@ def group():
     import torch.distributed as dist
 
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    try:
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    except ValueError as error:  # it names the variable that is missing
+        raise InputError(f"WORLD_SIZE={WORLD}: unset it, or use torchrun ({error})") from error
     try:
         yield
     finally:
@@ -38,9 +45,11 @@ def group():
 
 
 def say(text):
-    """Print a line, in the first process only, above the progress bar."""
+    """Print a line, in the first process only, above the progress bar. What the console cannot
+    show, such as Chinese on Windows, becomes "?"."""
     if RANK == 0:
-        tqdm.write(text)
+        encoding = sys.stdout.encoding or "utf-8"
+        tqdm.write(text.encode(encoding, "replace").decode(encoding))
 
 
 def mine(items):

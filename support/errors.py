@@ -8,8 +8,6 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from support import distributed
-
 OUT_OF_MEMORY = "out of memory|can't allocate memory"  # what torch says, on a GPU and on a CPU
 
 
@@ -76,8 +74,7 @@ def exit_code(program, function):
             raise
         advice = "lower --micro_batch, --train_micro_batch or --resolution"
         code, line = 1, f"{reason}; {advice}"
-    rank = f"rank {distributed.RANK}: " if distributed.RANK else ""
-    print(f"{program}: {rank}{line}", file=sys.stderr)
+    print(f"{program}: {line}", file=sys.stderr)  # torchrun itself says which process failed
     return code
 
 

@@ -6,7 +6,6 @@ Wrong input raises a one-line InputError before any work is done.
 import dataclasses
 import importlib.util
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -46,16 +45,15 @@ class Parser(HfArgumentParser):
 
 
 def parse(config_class, argv, paper, tiny):
-    """argv (None: the program's own) -> a checked config_class. paper: {model: its values that
-    differ from the dataclass}; tiny: those of the tiny models. Raises InputError."""
-    argv = sys.argv[1:] if argv is None else argv
+    """argv, a list of words -> a checked config_class. paper: {model: its values that differ from
+    the dataclass}; tiny: those of the tiny models. Raises InputError."""
     first, _ = Parser(config_class, allow_abbrev=False, add_help=False).parse_known_args(argv)
     parser = Parser(config_class, allow_abbrev=False)
     if first.resume:
         return resumed(parser, config_class, argv, first.resume)
     own = paper.get(first.model, {}) | ({} if first.pretrained else tiny)
     parser.set_defaults(**own)  # --help then shows what this command would use
-    config = build(config_class, own | vars(parser.parse_args(argv)))
+    config = build(config_class, own | absolute(vars(parser.parse_args(argv))))
     if not config.output_dir:
         now = time.strftime("%m%d-%H%M%S") + f"{time.time() % 1:.3f}"[1:]
         name = f"runs/{config.model}_{config.algorithm}_{now}"
@@ -89,16 +87,15 @@ def resumed(parser, config_class, argv, folder):
     problem = "another version of this program made the run; start a new one"
     require(saved.keys() == known, f"--resume {folder}: {problem}")
     parser.set_defaults(**saved)
-    given = vars(parser.parse_args(argv)) | dict(resume=folder, output_dir=folder)
+    given = absolute(vars(parser.parse_args(argv)) | dict(resume=folder, output_dir=folder))
     named = {word.split("=")[0] for word in argv}
     for name in ("reward", "eval_rewards"):  # a file is executed only if the user names it here
         trusted = ".py:" not in saved[name] or f"--{name}" in named
         advice = f"if you trust it, add --{name} {saved[name]}"
         require(trusted, f"--resume {folder}: the run executes a file; {advice}")
     for name, value in given.items():
-        same = name in RUNNING or same_value(value, saved[name])
-        was = f"{name} was {saved[name]!r} and is {value!r}"
-        require(same, f"--resume {folder}: {was}; start a new run for that")
+        was = f"{name} was {saved[name]!r} and is {value!r}; start a new run for that"
+        require(name in RUNNING or value == saved[name], f"--resume {folder}: {was}")
     config = check(build(config_class, saved | given))
     done = newest.step
     require(done <= config.steps, f"--steps {config.steps}: the run has done {done}; give more")
@@ -106,9 +103,28 @@ def resumed(parser, config_class, argv, folder):
     return config
 
 
-def same_value(a, b):
-    """Whether two values are equal or, as paths, name the same file."""
-    return a == b or (isinstance(a, str) and a and b and Path(a).resolve() == Path(b).resolve())
+def absolute(options):
+    """The options with absolute paths, so that a run can be resumed from any folder. Two ways to
+    write the same file or the same reward become equal."""
+    options = dict(options)
+    for name in ("prompts", "eval_prompts", "pretrained", "lora"):
+        is_path = "prompts" in name or Path(options[name]).exists()  # else an id on the hub
+        if is_path and options[name] not in ("", "published"):
+            options[name] = str(Path(options[name]).resolve())
+    for name in ("reward", "eval_rewards"):
+        options[name] = ",".join(map(absolute_reward, options[name].split(",")))
+    return options
+
+
+def absolute_reward(item):
+    """One reward of a weighted sum: "mine.py:red:0.50" -> "/path/to/mine.py:red:0.5"."""
+    name, _, weight = item.strip().rpartition(":")
+    try:
+        weight = "" if float(weight) == 1 else f":{float(weight)}"
+    except ValueError:  # it has no weight
+        name, weight = item.strip(), ""
+    file, is_file, function = name.rpartition(".py:")
+    return (f"{Path(file).resolve().as_posix()}.py:{function}" if is_file else name) + weight
 
 
 def check(c):

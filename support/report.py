@@ -5,30 +5,43 @@ metrics.jsonl     one line per step (docs/running.md defines each name); NaN is 
 images/           kept candidates of one prompt with their rewards, one row for each stage
 curve.png         gain in the reward of the held-out prompts; with tiny models, their accuracy
 before_after.png  held-out prompts, drawn from the same noise by the base model and the EMA policy
+progress.webp     the same pictures at every evaluation, as an animation
 lora/             the EMA policy's LoRA, for `pipe.load_lora_weights(folder)`, with a model card
 
-Nothing is written before the first evaluation is done.
+Nothing is written before the first evaluation is done. After it, a run that is stopped leaves all
+of these files too.
 """
 
+import contextlib
+import functools
+import hashlib
+import inspect
+import io
 import json
 import math
+import os
 import statistics
+import subprocess
 import textwrap
 import time
+import unicodedata
+import warnings
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
-from huggingface_hub import ModelCardData
+import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.font_manager import get_font_names
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from support import distributed
+from support import distributed, models
 from support.distributed import say
 from support.errors import InputError, written_whole
 
+PROJECT = Path(__file__).resolve().parents[1]
 # One colour for one thing in all figures that compare; colour-blind people can tell them apart.
 COLOURS = {
     "sol_rl": "#0072B2",  # blue
@@ -43,6 +56,10 @@ COLOURS = {
 # What a (sample, time) pair of the update costs, in evaluations of the network. Three passes are
 # forward (the policy, the old policy, the base model); one is backward, which counts twice.
 UPDATE_COST = 5
+# Fonts with Chinese, Japanese and Korean characters, which matplotlib's own font lacks.
+WIDE_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Microsoft YaHei", "PingFang SC")
+WIDE_FONTS += ("Hiragino Sans", "Arial Unicode MS", "WenQuanYi Zen Hei", "SimHei", "Malgun Gothic")
+FEW_PROMPTS = 8  # with fewer held-out prompts, the standard error is itself too uncertain
 
 
 def network_evaluations(candidates, stages, num_times):
@@ -67,24 +84,51 @@ def reward_metrics(scores, rank_fidelity):
     """What is logged of the candidates that were trained on. scores: of each of P prompts {reward,
     "weighted_sum", "proxy": (K,)}; the proxy is the first stage's reward of the same candidates.
     rank_fidelity: that of select.py."""
-    metrics = {}
+    mean, metrics = statistics.mean, {}
     for name in [name for name in scores[0] if name != "proxy"]:
-        metrics[f"reward/{name}"] = statistics.mean(float(s[name].mean()) for s in scores)
-    rewards = [s["weighted_sum"] for s in scores]
-    every = [float(r) for row in rewards for r in row]
-    best, worst = [float(r.max()) for r in rewards], [float(r.min()) for r in rewards]
+        metrics[f"reward/{name}"] = mean(float(s[name].mean()) for s in scores)
+    rewards = [s["weighted_sum"].tolist() for s in scores]
+    best, worst = [max(row) for row in rewards], [min(row) for row in rewards]
     metrics |= {
-        "reward/mean": statistics.mean(every),
-        "reward/best": statistics.mean(best),
-        "reward/worst": statistics.mean(worst),
-        "reward/std": statistics.pstdev(every),
-        "reward/spread": statistics.mean(best) - statistics.mean(worst),
+        "reward/mean": mean(sum(rewards, [])),
+        "reward/best": mean(best),
+        "reward/worst": mean(worst),
+        "reward/std": statistics.pstdev(sum(rewards, [])),
+        "reward/spread": mean(best) - mean(worst),
         "reward/zero_spread": sum(a == b for a, b in zip(best, worst)),
     }
     ranks = [rank_fidelity(s["proxy"], s["weighted_sum"], len(rewards[0]) // 2) for s in scores]
     for name in ("kendall_tau", "spearman_rho"):
-        metrics[f"fidelity/kept_{name}"] = statistics.mean(rank[name] for rank in ranks)
+        metrics[f"fidelity/kept_{name}"] = mean(rank[name] for rank in ranks)
     return metrics
+
+
+def commit():
+    """The git commit of this project, with "-dirty" where a file was changed; None without git."""
+    command = "git --git-dir=.git describe --always --dirty --abbrev=40 --exclude=*".split()
+    try:
+        options = dict(cwd=PROJECT, stderr=subprocess.DEVNULL, text=True)
+        return subprocess.check_output(command, **options).strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def fitted(text, width, lines=3):
+    """Text in at most that many lines. Chinese, Japanese and Korean characters are twice as wide
+    as others."""
+    wide = any(unicodedata.east_asian_width(character) in "WF" for character in text)
+    return textwrap.fill(text, width // 2 if wide else width, max_lines=lines)
+
+
+@contextlib.contextmanager
+def fonts():
+    """Inside, figures use WIDE_FONTS too where they are installed. A character that no font has
+    becomes a box, without a warning."""
+    installed = [font for font in WIDE_FONTS if font in get_font_names()]
+    families = [*matplotlib.rcParams["font.family"], *installed]
+    with matplotlib.rc_context({"font.family": families}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        yield
 
 
 class Report:
@@ -96,8 +140,10 @@ class Report:
     def __init__(self, run, options, num_times):
         self.run, self.options, self.num_times = run, options, num_times
         self.folder = Path(options["output_dir"])
+        n = len(run.held_out.prompts)
+        self.shown = sorted({i * n // 8 for i in range(8)})  # the held-out prompts in pictures
         self.lines = []  # of metrics.jsonl, one per step
-        self.seconds, self.started = {}, time.perf_counter()
+        self.seconds, self.started = Counter(), time.perf_counter()
 
     def __enter__(self):
         """Say what the run will do."""
@@ -116,7 +162,7 @@ class Report:
         ]
         for line in lines:
             say(line)
-        self.track, self.close_tracker = self._tracker()
+        self.track = self._tracker()
         self.bar = tqdm(
             total=self._work(c.steps),
             bar_format="{desc}{percentage:3.0f}%|{bar}| {elapsed} so far, {remaining} to go",
@@ -128,35 +174,41 @@ class Report:
 
     def __exit__(self, *_):
         self.bar.close()
-        self.close_tracker()
 
     def _work(self, step):
         """A process's share of the network evaluations up to the evaluation after a step."""
         c, stages = self.run.config, self.run.stages
         counts = network_evaluations(self.run.num_candidates, stages, self.num_times)
-        of_a_prompt = sum(counts.values())
         evaluations = 1 + step // c.eval_every + (step == c.steps and step % c.eval_every > 0)
         images = evaluations * len(self.run.held_out.prompts) * c.eval_images
-        work = step * c.prompts_per_step * of_a_prompt + images * c.eval_steps
+        work = step * c.prompts_per_step * sum(counts.values()) + images * c.eval_steps
         return work // distributed.WORLD
 
-    def _done(self):
-        return self.lines[-1]["step"] if self.lines else 0
-
     def _tracker(self):
-        """(function of step and metrics, function that closes it) of --report_to."""
-        if distributed.RANK > 0 or self.options["report_to"] == "none":
-            return lambda step, metrics: None, lambda: None
-        if self.options["report_to"] == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
+        """A function of step and metrics, for --report_to."""
+        c, folder = self.run.config, self.folder.resolve()
+        if distributed.RANK > 0 or c.report_to == "none":
+            return lambda step, metrics: None
+        if c.report_to == "wandb":
+            import wandb
 
-            writer = SummaryWriter(self.folder)
-            log = writer.add_scalar
-            return lambda step, metrics: [log(k, v, step) for k, v in metrics.items()], writer.close
-        import wandb
+            key = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]  # two folders are two runs
+            which = dict(project="sol-rl", id=key, name=folder.name, resume="allow")
+            wandb.init(**which, config=self.options, reinit="finish_previous")
+            return lambda step, metrics: wandb.log(metrics, step=step)
+        from torch.utils.tensorboard import SummaryWriter
 
-        wandb.init(project="sol-rl", id=self.folder.name, resume="allow", config=self.options)
-        return lambda step, metrics: wandb.log(metrics, step=step), wandb.finish
+        # What a killed run logged after its last checkpoint is logged again, so it is purged.
+        first = c.checkpoint.step + 1 if c.resume else None
+        # The writer makes the folder, so it must not be made before there is something to write.
+        writer = functools.cache(lambda: SummaryWriter(folder, purge_step=first))
+
+        def track(step, metrics):
+            for name, value in metrics.items():
+                writer().add_scalar(name, value, step)
+            writer().flush()
+
+        return track
 
     @property
     def evaluations(self):
@@ -192,7 +244,7 @@ class Report:
         if not self.lines:
             names = ("torch", "diffusers", "transformers", "peft")
             config = dict(config=self.options, backend=self.run.backends, layers=self.run.layers)
-            config["versions"] = {name: version(name) for name in names}
+            config |= dict(versions={name: version(name) for name in names}, commit=commit())
             self._write_text("config.json", json.dumps(config, indent=1))
         rewards = scores["weighted_sum"]
         mean, error = mean_and_error(rewards)
@@ -209,12 +261,10 @@ class Report:
         if "accuracy" in scores:
             text += f"  pictures that match their prompt {entries['eval/accuracy']:.0%}"
         images = len(drawn.seeds) // n  # of each prompt; the first one is shown
-        shown = drawn.take([prompt * images for prompt in sorted({i * n // 8 for i in range(8)})])
-        tensors = {"latents": shown.latents.cpu(), "indices": torch.tensor(shown.indices)}
-        tensors |= {f"scores.{name}": values for name, values in shown.scores.items()}
-        self._write(
-            f"images/held_out_{step:04d}.safetensors", lambda path: save_file(tensors, path)
-        )
+        shown = drawn.take([prompt * images for prompt in self.shown])
+        tensors = {f"scores.{name}": values for name, values in shown.scores.items()}
+        tensors["latents"] = shown.latents.cpu()
+        self._write(self._held_out_file(step), lambda path: save_file(tensors, path))
         self._log(step, entries, also={"eval/rewards": rewards})
         say(text)
 
@@ -238,11 +288,10 @@ class Report:
         seconds = self.run.clock.take()
         entries = entries | {f"time/{stage}": value for stage, value in seconds.items()}
         self.track(step, entries)
-        if not self.lines or self._done() < step:
+        if not self.lines or self.lines[-1]["step"] < step:
             self.lines.append({"step": step})
         self.lines[-1] |= entries | also
-        for stage, value in seconds.items():
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + value
+        self.seconds.update(seconds)
         self._write_log()
         return seconds
 
@@ -250,24 +299,26 @@ class Report:
         clean = [{k: None if v != v else v for k, v in line.items()} for line in self.lines]
         self._write_text("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in clean))
 
-    def _pictures(self, file, title, columns, rows):
-        """A figure of pictures. columns: a title for each, or None; rows: [(label, latents, a list
-        of (text, colour) for each picture)]."""
+    def _pictures(self, title, columns, rows):
+        """A figure of pictures. columns: a title for each, or ""; rows: [(label, latents, a list of
+        (text, colour) for each picture)]."""
         size = (1.3 * len(columns) + 0.4, 1.65 * len(rows) + 0.6)
-        figure = Figure(figsize=size)
+        figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots(len(rows), len(columns), squeeze=False)
         for axis, column in zip(axes[0], columns):
-            axis.set_title(textwrap.fill(column, 20, max_lines=3), fontsize=8, parse_math=False)
+            axis.set_title(fitted(column, 20), fontsize=8, parse_math=False)
         for row, (label, latents, captions) in zip(axes, rows):
             row[0].set_ylabel(label)
-            for axis, image, (text, colour) in zip(row, self.run.model.decode(latents), captions):
+            images = self.run.model.decode(latents.to(self.options["device"]))
+            for axis, image, (text, colour) in zip(row, images, captions):
                 axis.imshow(image.permute(1, 2, 0).cpu().numpy())
                 axis.set(xticks=[], yticks=[])
                 axis.spines[:].set(color=colour, linewidth=2)
                 axis.set_xlabel(text, color=colour, fontweight="bold")
-        figure.suptitle(title, fontsize=10, parse_math=False)
-        self._write_figure(file, figure)
+        figure.suptitle(fitted(title, 16 * len(columns), 2), fontsize=10, parse_math=False)
+        return figure
 
+    @fonts()
     def picture(self, step, kept):
         """images/step_NNNN.png: candidates of a prompt that are trained on, a row for each stage,
         a column for each seed, from the four best of the first stage to its four worst."""
@@ -282,43 +333,52 @@ class Report:
             shown = [candidates.seeds.index(seed) for seed in seeds]
             precision = stage.precision.replace("bf16", self.run.model.computes_in)
             rows.append((f"{stage.name}, {precision}", candidates.latents[shown], captions))
-        prompt = self.run.train.prompts[first.indices[0]]
-        title = f"{prompt}: kept candidates, step {step}"
-        self._pictures(f"images/step_{step:04d}.png", title, [""] * len(seeds), rows)
+        title = f"step {step}, kept candidates: {self.run.train.prompts[first.indices[0]]}"
+        figure = self._pictures(title, [""] * len(seeds), rows)
+        self._write(f"images/step_{step:04d}.png", lambda path: figure.savefig(path, dpi=120))
 
-    def before_after(self):
-        """before_after.png: a column for each of some held-out prompts, a row for the first and the
-        last evaluation, with the reward and, for the tiny models, whether the picture matches."""
-        rows = []
-        for line in (self.evaluations[0], self.evaluations[-1]):
-            tensors = load_file(self.folder / "images" / f"held_out_{line['step']:04d}.safetensors")
-            captions = [(f"{reward:.3f}", "black") for reward in tensors["scores.weighted_sum"]]
-            if "scores.accuracy" in tensors:
-                marks = {True: ("✓", "green"), False: ("✗", "red")}
-                marks = [marks[bool(a)] for a in tensors["scores.accuracy"]]
-                captions = [
-                    (f"{text}  {m}", colour) for (text, _), (m, colour) in zip(captions, marks)
-                ]
-            latents = tensors["latents"].to(self.options["device"])
-            label = f"after {line['step']} steps" if line["step"] else "before training"
-            rows.append((label, latents, captions))
-        prompts = [self.run.held_out.prompts[i] for i in tensors["indices"]]
-        self._pictures("before_after.png", "", prompts, rows)
+    def _held_out_file(self, step):
+        return f"images/held_out_{step:04d}.safetensors"
+
+    def _held_out(self):
+        """before_after.png and progress.webp: a column for each of some held-out prompts, with the
+        reward and, for the tiny models, whether the picture matches; a row or a frame for each
+        evaluation."""
+        rows, prompts = [], [self.run.held_out.prompts[i] for i in self.shown]
+        for step in [line["step"] for line in self.evaluations]:
+            tensors = load_file(self.folder / self._held_out_file(step))
+            rewards = tensors["scores.weighted_sum"]
+            captions = [(f"{reward:.3f}", "black") for reward in rewards]
+            for i, matches in enumerate(tensors.get("scores.accuracy", [])):
+                mark, colour = ("✓", "green") if matches else ("✗", "red")
+                captions[i] = (f"{rewards[i]:.3f}  {mark}", colour)
+            label = f"after {step} steps" if step else "before training"
+            rows.append((label, tensors["latents"], captions))
+        figure = self._pictures("", prompts, [rows[0], rows[-1]] if rows[1:] else rows)
+        self._write("before_after.png", lambda path: figure.savefig(path, dpi=120))
+        frames = []
+        for label, *row in rows:
+            file = io.BytesIO()
+            self._pictures(label, prompts, [("", *row)]).savefig(file, dpi=84)  # 8: 907 pixels wide
+            frames.append(Image.open(file))
+        options = dict(append_images=frames[1:], loop=0, save_all=True)
+        options["duration"] = [800] * (len(frames) - 1) + [3000]  # milliseconds
+        self._write("progress.webp", lambda path: frames[0].save(path, **options))
 
     def _curve(self):
-        """curve.png, on held-out prompts: the gain in reward, below it the accuracy of a tiny model
-        and each reward that is only measured: when the gain rises and they fall, the reward is
-        being hacked."""
+        """curve.png, on held-out prompts: the gain in reward; below it the accuracy of a tiny
+        model, the parts of a weighted sum, and each reward that is only measured: when the gain
+        rises and they fall, the reward is being hacked."""
         steps = [line["step"] for line in self.evaluations]
         trained = [name for name, *_ in self.run.reward.parts]
+        names = [name for name, *_ in self.run.eval_reward.parts]
         accurate = "eval/accuracy" in self.evaluations[0]
-        others = [name for name, *_ in self.run.eval_reward.parts if name not in trained]
-        measured = [name for name in others if name not in ("accuracy", "clear")]
-        panels = 1 + accurate + len(measured)
-        size = (6, 2 + 2 * panels)
-        figure = Figure(figsize=size)
-        axes = figure.subplots(panels, sharex=True, squeeze=False)
-        top, *others = axes[:, 0]
+        names = [name for name in names if name not in ("accuracy", "clear")]
+        if len(trained) == 1:
+            names.remove(trained[0])
+        panels = 1 + accurate + len(names)
+        figure = Figure(figsize=(6, 2 + 2 * panels), layout="constrained")
+        top, *others = figure.subplots(panels, sharex=True, squeeze=False)[:, 0]
 
         def values(name, start=None):
             return [line.get(name, start) for line in self.evaluations]
@@ -329,33 +389,45 @@ class Report:
         top.axhline(0, color="grey", linewidth=0.8)
         n = len(self.evaluations[0]["eval/rewards"])
         title = f"{' + '.join(trained)}: mean and standard error over {n} prompts"
-        top.set(ylabel="gain in held-out reward", title=title)
+        top.set_title(fitted(title, 62), parse_math=False)
+        top.set_ylabel("gain in held-out reward")
         if accurate:
             axis = others.pop(0)
             axis.plot(steps, values("eval/accuracy"), label="match their prompt", **style)
             axis.plot(steps, values("eval/clear"), marker="o", color="lightgrey", label="clear")
             axis.set(ylabel="share of pictures", ylim=(-0.03, 1.03))
             axis.legend()
-        for axis, name in zip(others, measured):
+        for axis, name in zip(others, names):
+            kind = "part of the reward" if name in trained else "not trained on"
             axis.plot(steps, values(f"eval/{name}"), marker="o")
-            axis.set_ylabel(f"{name}\n(not trained on)")
-        axes[-1, 0].set_xlabel("optimizer steps")
-        axes[-1, 0].xaxis.get_major_locator().set_params(integer=True)
-        self._write_figure("curve.png", figure)
+            axis.set_ylabel(f"{name}\n({kind})", parse_math=False)
+        bottom = figure.axes[-1]
+        bottom.set_xlabel("optimizer steps")
+        bottom.xaxis.get_major_locator().set_params(integer=True)
+        self._write("curve.png", lambda path: figure.savefig(path, dpi=120))
 
+    @fonts()
     def finish(self):
-        """Write the pictures and the model card, and say how the run ended."""
-        self._curve()
-        self.before_after()
+        """Write the LoRA, its card and the pictures of a run that is done or was stopped, and say
+        how it ended."""
+        if distributed.RANK > 0:
+            return
+        self.bar.close()
+        models.save_lora(self.run.model, "ema", self.folder / "lora")
         first, last = self.evaluations[0], self.evaluations[-1]
         text = "{eval/reward:.4f} +- {eval/standard_error:.4f}"
-        before, after = text.format_map(first), text.format_map(last)
-        gain, error = last["eval/gain"], last["eval/gain_standard_error"]
-        result = f"{before} before, {after} after {last['step']} steps"
-        result += f"; gain {gain:+.4f} +- {error:.4f}"
-        if error > 0:
-            result += f", {gain / error:.1f} standard errors"
-        self.card(self.run.model, result)
+        result = f"{text.format_map(first)} before"
+        if last is not first:
+            gain, error = last["eval/gain"], last["eval/gain_standard_error"]
+            result += f", {text.format_map(last)} after {last['step']} steps"
+            result += f"; gain {gain:+.4f} +- {error:.4f}"
+            if len(first["eval/rewards"]) < FEW_PROMPTS:
+                result += ", from too few held-out prompts to rely on the error"
+            elif error > 0:
+                result += f", {gain / error:.1f} standard errors"
+        self._card(result)
+        self._curve()
+        self._held_out()
         say(f"\nheld-out reward: {result}")
         say("(the error covers prompts only; another --seed may differ more)")
         if "eval/accuracy" in first:
@@ -368,34 +440,39 @@ class Report:
         say(f"time: {time.perf_counter() - self.started:.0f}s in all;  {stages}")
         say(f"wrote {self.folder}: {', '.join(sorted(p.name for p in self.folder.iterdir()))}")
 
-    def card(self, model, result):
-        """lora/README.md, a model card with the code that draws with the LoRA, and the scheduler
-        that this code loads. model: a models.Model; result: the line that `finish` returns."""
-        options, pipeline = self.options, model.pipeline.__name__
+    def _card(self, result):
+        """lora/README.md, a model card with code that draws with the LoRA, wherever it is run.
+        result: the line that `finish` says."""
+        options, model = self.options, self.run.model
         published = options["pretrained"] == "published"
         base = model.published if published else options["pretrained"]
-        data = ModelCardData(
-            library_name="diffusers",
-            pipeline_tag="text-to-image",
-            tags=["lora", "sol-rl", "diffusion-nft"],
-            base_model=base if base and not Path(base).exists() else None,
-        )
+        on_hub = f"base_model: {base}\n" if base and not Path(base).exists() else ""
+        base = base or (PROJECT / "support" / "tiny" / options["model"]).as_posix()
         scheduler = model.scheduler(options["rollout_steps"])
-        solver = type(scheduler).__name__
+        solver, pipeline = type(scheduler).__name__, model.pipeline.__name__
+        parameters = inspect.signature(type(scheduler)).parameters
+        settings = ", ".join(
+            f"{name}={value!r}"
+            for name, value in scheduler.config.items()
+            if name in parameters and value != parameters[name].default
+        )
+        lora = (self.folder / "lora").resolve().as_posix()
+        reward = ",".join(f"{name}:{weight:g}" for name, weight, _ in self.run.reward.parts)
         variant = f', variant="{model.variant}"' if published and model.variant else ""
         call = dict(guidance_scale=1.0, num_inference_steps=options["eval_steps"])
         call |= dict(height=options["resolution"], width=options["resolution"])
         call |= model.call(options["eval_steps"])
-        arguments = ", ".join(f"{name}={value}" for name, value in call.items())
-        self._write_text("lora/scheduler_config.json", scheduler.to_json_string())
+        arguments = "".join(f"    {name}={value},\n" for name, value in call.items())
         self._write_text(
             "lora/README.md",
             f"""---
-{data.to_yaml()}
+library_name: diffusers
+pipeline_tag: text-to-image
+{on_hub}tags: [lora, sol-rl, diffusion-nft]
 ---
-# A LoRA for {base or f"the tiny {options['model']} of this project"}
+# A LoRA for {base}
 
-Trained for {self._done()} steps on the reward `{options["reward"]}` by Sol-RL (arXiv 2604.06916),
+Trained for {self.lines[-1]["step"]} steps on the reward `{reward}` by Sol-RL (arXiv 2604.06916),
 `--algorithm {options["algorithm"]}`. These are the weights of the EMA policy. They were trained
 without guidance, on images drawn by {solver} in {options["rollout_steps"]} steps.
 
@@ -405,17 +482,13 @@ Held-out reward: {result}.
 import torch
 from diffusers import {pipeline}, {solver}
 
-base = {(base or f"support/tiny/{options['model']}")!r}
-pipe = {pipeline}.from_pretrained(base, dtype=torch.bfloat16{variant})
-pipe.scheduler = {solver}.from_pretrained("path/to/this/folder")
-pipe.load_lora_weights("path/to/this/folder")
-image = pipe("a prompt", {arguments}).images[0]
-```
-
-Every option:
-
-```json
-{json.dumps(options, indent=1)}
+pipe = {pipeline}.from_pretrained({base!r}, dtype=torch.bfloat16{variant})
+pipe.scheduler = {solver}({settings})
+pipe.load_lora_weights({lora!r})  # the folder of this file
+image = pipe(
+    "a prompt",
+    generator=torch.Generator().manual_seed(0),
+{arguments}).images[0]
 ```
 """,
         )
@@ -428,8 +501,4 @@ Every option:
                 write(path)
 
     def _write_text(self, name, text):
-        self._write(name, lambda path: path.write_text(text))
-
-    def _write_figure(self, name, figure):
-        figure.tight_layout()
-        self._write(name, lambda path: figure.savefig(path, dpi=120))
+        self._write(name, lambda path: path.write_text(text, encoding="utf-8"))

@@ -1,11 +1,13 @@
 """Several processes give the numbers of one."""
 
+import io
+import runpy
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import MINIATURE, PROJECT, lines
+from conftest import MINIATURE, PROJECT, error_line, lines
 from safetensors.torch import load_file
 
 import train
@@ -31,6 +33,26 @@ def test_a_run_of_two_processes_with_unequal_shares_is_that_of_one(tmp_path):
     )
     difference = torch.cat([(two[name] - values).abs().flatten() for name, values in one.items()])
     assert difference.mean() < 1e-5 and difference.max() < 1e-4
+
+
+def test_several_processes_without_torchrun_are_bad_input(monkeypatch, capsys):
+    monkeypatch.setattr(distributed, "WORLD", 2)
+    assert train.main([]) == 2 and "torchrun" in error_line(capsys.readouterr().err)
+
+
+def test_an_empty_variable_of_torchrun_is_as_none(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "")
+    found = runpy.run_path(distributed.__file__)
+    assert (found["RANK"], found["WORLD"], found["LOCAL_RANK"]) == (0, 1, 0)
+
+
+def test_what_a_console_cannot_show_does_not_end_a_run(monkeypatch):
+    console = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", console)
+    distributed.say("wrote C:/运行: é")
+    console.flush()
+    assert console.buffer.getvalue().decode("cp1252").strip() == "wrote C:/??: é"
 
 
 @pytest.mark.parametrize("rank, order", [(2, ["load", "meet"]), (3, ["meet", "load"])])

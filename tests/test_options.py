@@ -2,10 +2,12 @@
 
 import dataclasses
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import error_line
+from conftest import PROJECT, error_line
 
 import train
 from support import checkpoint, distributed, options
@@ -73,12 +75,13 @@ def test_what_is_given_wins_constants_are_no_options_and_help_names_every_option
         ("--resolution 36", "multiple of 8"),
         ("--model sd3 --resolution 96", "positions up to 64"),
         ("--device cuda:77", "--device cuda:77: not on this machine; try --device cpu"),
-        ("--prompts missing.txt", "--prompts missing.txt"),
+        ("--prompts missing.txt", "--prompts HERE/missing.txt"),
         ("--prompts GOOD.txt", "--prompts_per_step 2: there are 1 training prompts"),
         ("--pretrained", "--pretrained: needs --prompts FILE"),
         (f"{PUBLISHED} a/b/c", "a/b/c: neither a folder nor such a model on the hub"),
         (f"{PUBLISHED} TAKEN", "model_index.json"),
         ("--lora nowhere", "--lora nowhere: cannot be loaded"),
+        ("--lora TAKEN", "--lora HERE/TAKEN: cannot be loaded"),
         ("--reward nothing", "--reward 'nothing'"),
         ("--reward pickscore", "--reward pickscore"),
         ("--reward REWARD.py:raises", "raised ValueError: no"),
@@ -87,10 +90,13 @@ def test_what_is_given_wins_constants_are_no_options_and_help_names_every_option
         ("--resume nowhere", "--resume nowhere: there is no checkpoint"),
         ("--resume latest", "--resume latest: no run"),
         ("--resume RUN --pool 96", "pool was 48 and is 96; start a new run for that"),
-        ("--resume RUN --prompts other.txt", "prompts was '' and is 'other.txt'"),
+        ("--resume RUN --prompts other.txt", "prompts was '' and is 'HERE/other.txt'"),
         ("--resume RUN --steps 1", "--steps 1: the run has done 2"),
         ("--resume RUN", "other layers"),
-        ("--resume FILE_RUN", "executes a file; if you trust it, add --reward REWARD.py:raises"),
+        (
+            "--resume FILE_RUN",
+            "executes a file; if you trust it, add --reward HERE/REWARD.py:raises",
+        ),
         ("--resume OLD_RUN", "another version"),
     ],
 )
@@ -106,6 +112,8 @@ def test_bad_input_is_one_line_that_says_what_would_do_and_nothing_is_written(
     stored("FILE_RUN", "--reward", "REWARD.py:raises")
     stored("OLD_RUN", gone=1)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
+    line = line.replace("HERE", str(tmp_path))
+    says = says.replace("HERE", str(tmp_path))
     monkeypatch.setattr(options.importlib.util, "find_spec", lambda name: None)  # wandb, say
     monkeypatch.setattr(train, "iteration", None)  # a run that is not refused fails at once
     assert train.main(line.split()) == 2
@@ -139,13 +147,53 @@ def test_a_resumed_run_has_the_options_it_had_and_those_of_running_may_change(
     tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    reward = "REWARD.py:raises"
-    stored("runs/b", "--pool", "48", "--steps", "2", "--reward", reward, adv_clip=3.0)
+    stored("runs/b", "--pool", "48", "--steps", "2", adv_clip=3.0)
     os.utime(stored("runs/c"), (1, 1))  # older than the other
-    named = ["--reward", tmp_path / reward]  # paths are compared as files
     changed = dict(steps=3, eval_every=7, checkpoint_every=4, train_micro_batch=5, device="cpu")
     flags = [word for name, value in changed.items() for word in (f"--{name}", value)]
-    again = parse("--resume", "latest", *named, *flags)
+    again = parse("--resume", "latest", *flags)
     assert {name: getattr(again, name) for name in changed} == changed
     assert (again.pool, again.adv_clip) == (48, 3.0)  # a constant is the run's, too
     assert again.resume == again.output_dir == "runs/b" and again.checkpoint.step == 2
+
+
+@pytest.mark.parametrize(
+    "reward, prompts",
+    [
+        ("clipscore:0.5,mine.py:red", "p.txt"),
+        ("clipscore:.50, ./mine.py:red:1", "./p.txt"),
+        ("clipscore:5e-1,HERE/mine.py:red:1.0", "HERE/sub/../p.txt"),
+    ],
+)
+def test_a_run_is_resumed_from_any_folder_however_its_files_are_written(
+    reward, prompts, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sub").mkdir()
+    files = ["--eval_rewards", "mine.py:blue", "--prompts", "p.txt", "--pretrained", "sub"]
+    stored("run/", "--reward", "clipscore:0.5,mine.py:red", *files)
+    named = ["--reward", reward.replace("HERE", str(tmp_path)), "--eval_rewards", "./mine.py:blue"]
+    parse("--resume", "run", *named, "--prompts", prompts.replace("HERE", str(tmp_path)))
+    monkeypatch.chdir("sub")
+    named[3] = "../mine.py:blue"
+    if "HERE" in reward:
+        again = parse("--resume", "../run/", *named)
+        assert again.prompts == str(tmp_path / "p.txt") and again.pretrained == str(
+            tmp_path / "sub"
+        )
+    else:  # here it is another file
+        with pytest.raises(InputError, match="reward was"):
+            parse("--resume", "../run/", *named)
+
+
+def test_only_main_reads_the_command_line_of_the_program(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["ipykernel", "-f", "kernel.json"])
+    assert train.parse_options().model == "sana"
+    assert train.main() == 2 and "-f" in error_line(capsys.readouterr().err)
+
+
+def test_the_program_runs_through_a_symbolic_link(tmp_path):
+    (tmp_path / "linked.py").symlink_to(PROJECT / "train.py")
+    command = [sys.executable, tmp_path / "linked.py", "--help"]
+    said = subprocess.run(command, capture_output=True, text=True)
+    assert said.returncode == 0, said.stderr

@@ -5,6 +5,8 @@ import json
 import math
 import sys
 import types
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,12 +14,13 @@ from conftest import PROJECT, lines
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from huggingface_hub import ModelCard
 from matplotlib.figure import Figure
+from PIL import Image
 
 import train
 from rollout import Candidates
-from support import distributed
+from support import distributed, models
 from support.errors import InputError
-from support.report import Report, mean_and_error
+from support.report import Report, commit, mean_and_error
 
 SECONDS = {"explore": 1.0, "train": 4.0}
 METRICS = {"reward/mean": 0.5, "reward/worst": 0.25, "reward/best": 0.75, "loss": 1.0, "kl": 1e-5}
@@ -44,6 +47,7 @@ def report(folder, **options):
     settings = dict(model="flux", reward="clipscore:2,mine.py:red", steps=2, eval_every=2)
     settings |= dict(prompts_per_step=1, pool=4, keep=2, explore_steps=3, rollout_steps=5)
     c = train.Config(**settings, eval_steps=28, output_dir=str(folder), device="cpu", **options)
+    c.checkpoint = types.SimpleNamespace(step=1)  # of a run that is resumed
     rewards = [("clipscore", 2, None), ("mine.py:red", 1, None), ("mine.py:blue", 0, None)]
     drawing = types.SimpleNamespace(
         pipeline=FluxPipeline,
@@ -73,7 +77,8 @@ def report(folder, **options):
 
 def evaluated(run, step, judged=False):
     after = step > 0
-    measured = {"mine.py:blue": BLUE[after]}
+    measured = {"mine.py:blue": BLUE[after], "clipscore": REWARDS[after]}
+    measured["mine.py:red"] = [0.0] * 4
     if judged:
         measured |= {"accuracy": ACCURACY[after], "clear": [1.0, 1.0, 1.0, float(after)]}
     run.evaluated(step, candidates([1, 2, 3, 4], REWARDS[after], [0, 0, 1, 1], **measured))
@@ -102,6 +107,7 @@ def test_each_step_is_a_line_and_an_evaluation_joins_the_line_of_its_step(tmp_pa
     first, second, third = lines(tmp_path)
     seconds = {f"time/{stage}": value for stage, value in SECONDS.items()}
     evaluation = {"eval/reward": 2, "eval/weighted_sum": 2, "eval/mine.py:blue": 0.5}
+    evaluation |= {"eval/clipscore": 2, "eval/mine.py:red": 0}
     evaluation |= {"eval/standard_error": pytest.approx(1.0), "eval/rewards": [1, 3]}
     assert first == {"step": 0} | evaluation | seconds
     # JSON has no NaN.
@@ -149,14 +155,16 @@ def test_a_log_without_the_steps_before_is_refused(text, tmp_path):
 
 @pytest.fixture
 def figures(monkeypatch):
-    """{name of a file: the Figure that was written there}."""
+    """{name of a file: the Figure that was written there}; frames of a film have numbers."""
     found, savefig = {}, Figure.savefig
 
-    def recorded(figure, path, **how):
-        found[path.name.removeprefix("unfinished.")] = figure
-        savefig(figure, path, **how)
+    def recorded(figure, file, **how):
+        name = file.name.removeprefix("unfinished.") if isinstance(file, Path) else len(found)
+        found[name] = figure
+        savefig(figure, file, **how)
 
     monkeypatch.setattr(Figure, "savefig", recorded)
+    monkeypatch.setattr(models, "save_lora", lambda model, adapter, folder: folder.mkdir())
     return found
 
 
@@ -180,15 +188,16 @@ def test_what_a_finished_run_leaves_and_says(judged, tmp_path, capsys, figures):
     assert "explored in simulated nvfp4\nan iteration: 1 prompts x 4 candidates, 2 of each" in said
     assert "\na note\nstep    0" in said
     result = "2.0000 +- 1.0000 before, 4.0000 +- 2.0000 after 2 steps; gain +2.0000 +- 1.0000"
-    assert f"held-out reward: {result}, 2.0 standard errors" in said
+    assert f"held-out reward: {result}, from too few held-out prompts" in said
     assert "explore 4s  train 16s" in said
-    names = "before_after.png, config.json, curve.png, images, lora, metrics.jsonl"
+    names = "before_after.png, config.json, curve.png, images, lora, metrics.jsonl, progress.webp"
     assert f"wrote {tmp_path}: {names}" in said
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["config"] == run.options and config["layers"] == [["to_q", 8, 16, "nvfp4"]]
     assert config["versions"].keys() == {"torch", "diffusers", "transformers", "peft"}
+    assert config["commit"] == commit()
 
-    gain, *shares, measured = figures["curve.png"].axes
+    gain, *shares, _, _, measured = figures["curve.png"].axes
     assert gain.get_ylabel() == "gain in held-out reward"
     line, _, (bars,) = gain.containers[0]
     assert line.get_xydata().tolist() == [[0, 0], [2, 2]]
@@ -207,6 +216,77 @@ def test_what_a_finished_run_leaves_and_says(judged, tmp_path, capsys, figures):
         (1, "", "after 2 steps", "2.500" + marks[2]),
         (3, "", "", "4.000" + marks[3]),
     ]
+    film = Image.open(tmp_path / "progress.webp")
+    frames = [figure for name, figure in figures.items() if isinstance(name, int)]
+    assert film.n_frames == 2 and film.size == tuple(map(int, frames[0].get_size_inches() * 84))
+    for row, (frame, title) in enumerate(zip(frames, ("before training", "after 2 steps"))):
+        assert frame.get_suptitle() == title and [text for *_, text in shown(frame)] == [
+            text for *_, text in shown(figures["before_after.png"])[2 * row : 2 * row + 2]
+        ]
+
+
+def test_a_run_that_is_stopped_before_its_second_evaluation_leaves_all_files(tmp_path, figures):
+    with report(tmp_path) as run:
+        evaluated(run, 0)
+        run.step(1, METRICS, KEPT)
+        run.finish()
+    assert [label for _, _, label, _ in shown(figures["before_after.png"])][0] == "before training"
+    assert len(figures["before_after.png"].axes) == 2
+    card = ModelCard.load(tmp_path / "lora" / "README.md").text
+    assert "Trained for 1 steps" in card and "Held-out reward: 2.0000 +- 1.0000 before.\n" in card
+    assert Image.open(tmp_path / "progress.webp").n_frames == 1
+
+
+def test_with_enough_held_out_prompts_the_gain_is_said_in_standard_errors(
+    tmp_path, figures, capsys
+):
+    with report(tmp_path) as run:
+        run.run.held_out.prompts = ["a ring"] * 8
+        for step, rewards in ((0, [0.0] * 8), (2, [1.0, 3.0] * 4)):
+            run.evaluated(
+                step,
+                candidates(
+                    [1] * 8,
+                    rewards,
+                    list(range(8)),
+                    **{"mine.py:blue": rewards, "mine.py:red": rewards, "clipscore": rewards},
+                ),
+            )
+        run.finish()
+    # The deviations from 2 are all 1: the variance is 8 / 7, the error is sqrt(8 / 7 / 8).
+    assert f"{2 * 7**0.5:.1f} standard errors" in capsys.readouterr().out
+
+
+def test_the_curve_shows_the_parts_of_a_weighted_sum_and_what_is_only_measured(tmp_path, figures):
+    with report(tmp_path) as run:
+        two_steps(run)
+        run.finish()
+    _, *panels = figures["curve.png"].axes
+    assert [panel.get_ylabel().replace("\n", " ") for panel in panels] == [
+        "clipscore (part of the reward)",
+        "mine.py:red (part of the reward)",
+        "mine.py:blue (not trained on)",
+    ]
+    assert panels[0].lines[0].get_ydata().tolist() == [2, 4]
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")  # of the second drawing, below
+@pytest.mark.parametrize("prompt", ["a very long prompt " * 12, "一只在月球上弹钢琴的猫，" * 12])
+def test_every_title_stays_inside_its_picture_and_no_missing_font_is_warned_of(
+    prompt, tmp_path, figures
+):
+    with report(tmp_path) as run, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run.run.train.prompts = run.run.held_out.prompts = [prompt] * 2
+        run.run.reward.parts = [(f"a_long_name_of_a_file.py:red_{i}", 1, None) for i in range(4)]
+        two_steps(run)
+        run.finish()
+    for name, figure in figures.items():
+        figure.draw_without_rendering()
+        labels = [label for axis in figure.axes for label in (axis.title, axis.yaxis.label)]
+        for text in [text for text in figure.texts + labels if text.get_text()]:
+            box = text.get_window_extent()
+            assert 0 <= box.x0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1, name
 
 
 def test_a_picture_has_a_row_for_each_stage_and_a_column_for_each_seed_it_trained_on(
@@ -222,7 +302,7 @@ def test_a_picture_has_a_row_for_each_stage_and_a_column_for_each_seed_it_traine
         run.picture(8, [many])
     assert {p.name for p in (tmp_path / "images").iterdir()} == {"step_0007.png", "step_0008.png"}
     two = figures["step_0007.png"]
-    assert two.get_suptitle() == "a $5 cat: kept candidates, step 7"
+    assert two.get_suptitle() == "step 7, kept candidates: a $5 cat"
     assert shown(two) == [
         (2, "", "explore, nvfp4", "0.500"),
         (3, "", "", "0.375"),
@@ -242,44 +322,79 @@ def test_only_the_first_process_writes_but_all_know_what_is_evaluated(tmp_path, 
     assert not (tmp_path / "run").exists() and capfd.readouterr().out == ""
 
 
-def test_a_tracker_gets_the_same_numbers(tmp_path, monkeypatch):
+def test_wandb_gets_the_same_numbers_and_each_folder_is_a_run_of_its_own(tmp_path, monkeypatch):
     begun, logged = [], []
-    wandb = types.SimpleNamespace(
-        init=lambda **settings: begun.append(settings), finish=begun.clear
-    )
+    wandb = types.SimpleNamespace(init=lambda **settings: begun.append(settings))
     wandb.log = lambda metrics, step: logged.append((step, metrics))
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    with report(tmp_path, report_to="wandb") as run:
-        two_steps(run)
-        assert begun[0]["config"] == run.options and begun[0]["id"] == tmp_path.name
-    assert not begun and [step for step, _ in logged] == [0, 1, 2, 2]
+    for folder in ("lr1/seed:0", "lr2/seed:0", "lr1/../lr1/seed:0"):
+        with report(tmp_path / folder, report_to="wandb") as run:
+            if not logged:
+                two_steps(run)
+                assert begun[0]["config"] == run.options
+    assert [step for step, _ in logged] == [0, 1, 2, 2]
     assert logged[1][1]["loss"] == 1 and logged[3][1]["eval/gain"] == 2
+    first, second, again = (settings["id"] for settings in begun)
+    assert first == again != second and first.isalnum() and begun[0]["name"] == "seed:0"
+
+
+def test_tensorboard_purges_what_a_killed_run_logged_after_its_checkpoint(tmp_path, monkeypatch):
+    writers = []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            self.purge_step, self.logged = purge_step, []
+            writers.append(self)
+
+        def add_scalar(self, name, value, step):
+            self.logged.append((step, name))
+
+        def flush(self):
+            pass
+
+    module = types.SimpleNamespace(SummaryWriter=SummaryWriter)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    with report(tmp_path, report_to="tensorboard") as run:
+        assert not writers  # a writer makes the folder, which stays away until it is needed
+        two_steps(run)
+    with report(tmp_path, report_to="tensorboard", resume=str(tmp_path)) as run:
+        run.resume(1)
+        run.step(2, METRICS, KEPT)
+    assert [writer.purge_step for writer in writers] == [None, 2]
+    assert (1, "loss") in writers[0].logged and {step for step, _ in writers[1].logged} == {2}
 
 
 @pytest.mark.parametrize(
     "pretrained, base, load",
     [
-        ("", None, "support/tiny/flux"),
+        ("", None, (PROJECT / "support/tiny/flux").as_posix()),
         ("published", "black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-dev"),
         ("some/one", "some/one", "some/one"),
         (str(PROJECT), None, str(PROJECT)),  # a folder, of which the hub should know nothing
     ],
 )
-def test_the_model_card_tells_how_to_draw_with_the_lora(pretrained, base, load, tmp_path):
-    with report(tmp_path, pretrained=pretrained) as run:
+def test_the_model_card_tells_how_to_draw_with_the_lora(
+    pretrained, base, load, tmp_path, monkeypatch, figures
+):
+    monkeypatch.chdir(tmp_path)
+    with report(Path("run"), pretrained=pretrained) as run:
         two_steps(run)
-        run.card(run.run.model, "better by 2")
-    card = ModelCard.load(tmp_path / "lora" / "README.md")
+        run.finish()
+    card = ModelCard.load(tmp_path / "run" / "lora" / "README.md")
     assert card.data.library_name == "diffusers" and card.data.base_model == base
-    assert "Trained for 2 steps on the reward `clipscore:2,mine.py:red`" in card.text
-    assert "Held-out reward: better by 2." in card.text
-    assert json.loads(card.text.split("```json\n")[1].split("```")[0]) == run.options
+    assert "Trained for 2 steps on the reward `clipscore:2,mine.py:red:1`" in card.text
+    assert "Held-out reward: 2.0000 +- 1.0000 before, 4.0000" in card.text
     code = card.text.split("```python\n")[1].split("```")[0]
     compile(code, "card", "exec")
     assert "from diffusers import FluxPipeline, FlowMatchEulerDiscreteScheduler" in code
-    assert f"base = {load!r}\n" in code
+    assert f"from_pretrained({load!r}, " in code
+    assert f"load_lora_weights({(tmp_path / 'run' / 'lora').as_posix()!r})" in code
     assert ('variant="bf16"' in code) == (pretrained == "published")
-    call = "num_inference_steps=28, height=1024, width=1024, sigmas=[1.0] * 28, max_sequence_length"
-    assert f"{call}=16)" in code
-    loaded = FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path / "lora")
-    assert loaded.config.shift == 5  # the one of the rollout's steps
+    assert "scheduler = FlowMatchEulerDiscreteScheduler(shift=5)\n" in code  # for 5 rollout steps
+    for argument in (
+        "num_inference_steps=28",
+        "sigmas=[1.0] * 28",
+        "height=1024",
+        "manual_seed(0)",
+    ):
+        assert f"{argument},\n" in code or f"{argument}," in code

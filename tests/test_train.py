@@ -57,8 +57,8 @@ def test_another_algorithm_runs_and_leaves_its_folder(tmp_path, monkeypatch):
     config.algorithm = "three_stages"
     train.train(config)
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    expected = "config.json metrics.jsonl images curve.png before_after.png lora checkpoints"
-    assert names == set(expected.split())
+    expected = "config.json metrics.jsonl images curve.png before_after.png progress.webp lora"
+    assert names == {*expected.split(), "checkpoints"}
     *_, last = lines(tmp_path / "run")
     assert last["step"] == 2 and {"reward/mean", "eval/gain", "loss", "time/refine"} <= last.keys()
 
@@ -108,15 +108,13 @@ def test_a_saved_lora_gives_the_ema_policys_images_in_a_stock_pipeline(name, tmp
     assert train.main([*options, str(tmp_path / "run")]) == 0
     folder = tmp_path / "run" / "lora"
     card = (folder / "README.md").read_text().replace("torch.bfloat16", "torch.float32")
-    card = card.replace("path/to/this/folder", str(folder))
-    card = card.replace(f"support/tiny/{name}", str(world.TINY / name))
     code, call = card.split("```python\n")[1].split("```")[0].split("image = pipe(")
     exec(code, names := {})
     model = load(name)
     names["latents"] = noise = rollout.initial_noise([1], model.latent_shape)
     if name == "flux":
         names["latents"] = model.pipe._pack_latents(noise, 1, *noise.shape[1:])
-    call = f"pipe({call.split(').images')[0]}, latents=latents, output_type='pt').images"
+    call = f"pipe({call.split(').images')[0]}latents=latents, output_type='pt').images"
     models.add_lora(model, rank=16, alpha=32)
     state = load_file(tmp_path / "run" / "checkpoints" / "step_000002" / "state.safetensors")
     for i, p in enumerate(models.lora_parameters(model.transformer, "ema")):
