@@ -46,12 +46,12 @@ class Parser(HfArgumentParser):
 
 def parse(config_class, argv, paper, tiny):
     """argv, a list of words -> a checked config_class. paper: {model: its values that differ from
-    the dataclass}; tiny: those of the tiny models. Raises InputError."""
+    the dataclass}; tiny: the same for the tiny models. Raises InputError."""
     first, _ = Parser(config_class, allow_abbrev=False, add_help=False).parse_known_args(argv)
     parser = Parser(config_class, allow_abbrev=False)
     if first.resume:
         return resumed(parser, config_class, argv, first.resume)
-    own = paper.get(first.model, {}) | ({} if first.pretrained else tiny)
+    own = (paper if first.pretrained else tiny).get(first.model, {})
     parser.set_defaults(**own)  # --help then shows what this command would use
     config = build(config_class, own | absolute(vars(parser.parse_args(argv))))
     if not config.output_dir:
