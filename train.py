@@ -139,7 +139,7 @@ class Config:
     report_to: str = option("none", "where metrics also go", ("none", "tensorboard", "wandb"))
 
 
-TINY_DEFAULTS = dict(resolution=32, prompts_per_step=2, eval_steps=20, eval_every=10)
+TINY_DEFAULTS = dict(resolution=32, prompts_per_step=2, eval_steps=20)
 TINY_DEFAULTS |= dict(micro_batch=96, train_micro_batch=144, gradient_checkpointing=False)
 TINY_DEFAULTS |= dict(learning_rate=3e-3, lora_rank=16, kl=4e-2, min_dim=0, eval_images=4)
 TINY_STEPS = {"sana": 40, "flux": 80, "sd3": 60}  # the tiny SANA learns faster than the others
@@ -444,7 +444,10 @@ def train(config):
 def parse_options(argv=()):
     """A command line, a list of words, as a checked Config. Raises InputError."""
     paper = {name: model.paper for name, model in models.MODELS.items()}
-    tiny = {name: paper[name] | TINY_DEFAULTS | dict(steps=n) for name, n in TINY_STEPS.items()}
+    tiny = {
+        name: paper[name] | TINY_DEFAULTS | dict(steps=steps, eval_every=steps // 4)
+        for name, steps in TINY_STEPS.items()
+    }
     return parse(Config, argv, paper, tiny)
 
 
