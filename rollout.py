@@ -5,8 +5,8 @@ Sampling is a deterministic ODE without guidance, so a seed determines an image:
 and the BF16 policy start from the same noise and end close to each other.
 
 In NVFP4 every activation tensor has one global scale. Images in a micro-batch share it, so they
-affect each other. A micro-batch therefore holds candidates of one prompt only, in the order of the
-pool, and its size comes from the options alone. The noise never depends on it.
+affect each other. When exploring, a micro-batch therefore holds candidates of one prompt only, in
+the order of the pool. Its size is an option. The noise never depends on it.
 """
 
 import copy
@@ -96,7 +96,7 @@ def draw(model, transformer, text, seeds, steps):
 
 @dataclasses.dataclass
 class Candidates:
-    """n seeds and what was drawn from them. Their images are not kept."""
+    """n seeds and what was drawn from them. Decoded images are not kept; latents are."""
 
     indices: list  # of each one's prompt; the candidates of a pool share one prompt
     text: models.Text  # the encoded prompts: one row for all, or a row for each
@@ -113,14 +113,14 @@ class Candidates:
         return self.rewards[[self.seeds.index(seed) for seed in seeds]]
 
     def take(self, kept):
-        """The candidates at these places, in this order. All share one text, or none is needed."""
+        """The candidates at these places, in this order. They must share one text."""
         seeds, latents = [self.seeds[i] for i in kept], self.latents[kept]
         scores = {name: values[kept] for name, values in self.scores.items()}
         return Candidates([self.indices[i] for i in kept], self.text, seeds, latents, scores)
 
 
 def join(parts):
-    """The Candidates of several micro-batches, with the text of the first -> of all of them."""
+    """Several micro-batches as one Candidates, with the text of the first one."""
     indices, seeds = ([i for part in parts for i in getattr(part, n)] for n in ("indices", "seeds"))
     latents = torch.cat([part.latents for part in parts])
     scores = {name: torch.cat([part.scores[name] for part in parts]) for name in parts[0].scores}
@@ -139,7 +139,9 @@ def make_copy(model, precision, skip=(), min_dim=0):
     layers that LoRA adapts weights of their own. So a BF16 copy needs memory for those alone. The
     copy has the base model's weights until `sync` gives it a policy's."""
     tensors = (*model.transformer.parameters(), *model.transformer.buffers())
+    # deepcopy shares what its second argument names.
     merged = copy.deepcopy(model.transformer, {id(tensor): tensor for tensor in tensors})
+    # A copy that is made after add_lora, as in a notebook, has adapters: they are left out.
     for name, layer in models.lora_layers(merged):
         parent, _, child = name.rpartition(".")
         setattr(merged.get_submodule(parent), child, layer.get_base_layer())
@@ -160,7 +162,7 @@ def sync(merged, transformer, adapter):
         copied_layer = merged.get_submodule(name)
         if isinstance(copied_layer, quant.QuantizedLinear):
             copied_layer.set_weight(weight)
-        elif copied_layer.weight is base:
+        elif copied_layer.weight is base:  # the first time, this weight is still shared
             copied_layer.weight = torch.nn.Parameter(weight, requires_grad=False)
         else:
             copied_layer.weight.copy_(weight)

@@ -30,12 +30,13 @@ def best_worst(rewards, k):
     rewards the lower index is taken. Raises ValueError on k < 1, k > n or NaN, as all rules do."""
     values = _checked(rewards, k)
     best = _from_highest(values)[: k // 2]
-    worst = [i for i in _from_highest([-v for v in values]) if i not in set(best)]
-    return best + worst[: k - k // 2]
+    rising = _from_highest([-v for v in values])
+    return best + [i for i in rising if i not in best][: k - k // 2]
 
 
 def random_subset(rewards, k, seed=0):
-    """k at random, at the same positions of every pool: the baseline that ignores contrast."""
+    """k positions, drawn once and the same for every pool. The seeds of a pool are random, so this
+    is the baseline that ignores the rewards."""
     return Random(seed).sample(range(len(_checked(rewards, k))), k)
 
 
@@ -66,7 +67,7 @@ def rank_fidelity(proxy, truth, k):
     """How well `proxy` ranks n candidates whose true rewards are `truth`: a dict of
 
     kendall_tau (tau-b), spearman_rho: in [-1, 1], NaN if all values of one side are equal;
-    top_match, bottom_match: share of the proxy's best (worst) k that are truly among them;
+    top_match, bottom_match: share of the proxy's best (worst) k that are among the true ones;
     top_rank, bottom_rank: mean true rank, 1 = best, of the proxy's best (worst) k.
     The last four are expected values if equal rewards are put in random order on each side.
     Raises ValueError as the rules do, and on different lengths.

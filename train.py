@@ -4,26 +4,28 @@
     torchrun --nproc_per_node=8 train.py ...  # on 8 GPUs
 
 One iteration. Steps 1 to 3 are done for each of P prompts, and in them the old policy draws.
-    1. Explore      an NVFP4 copy of it draws N images, one per seed, in few steps; proxy rewards
-    2. Select       keep the seeds of the K / 2 best and the K / 2 worst; the images are thrown away
-    3. Regenerate   a BF16 copy draws K images x_0 from the noise of these seeds; rewards R
-    4. Update       advantages A from R alone; one optimizer step on the DiffusionNFT loss of all
-                    P K images (BF16 with LoRA); the old policy and the EMA follow the policy
+    1. Explore      an NVFP4 copy of it draws N images from N seeds in few steps; a reward model
+                    scores them (proxy rewards)
+    2. Select       keep the seeds of the K / 2 best and the K / 2 worst, and nothing else
+    3. Regenerate   a BF16 copy draws K images x_0 from the noise of these seeds; the reward model
+                    scores them again (rewards R)
+    4. Update       compute advantages A from R alone; make one optimizer step on the DiffusionNFT
+                    loss of all P K images; the old policy and the EMA follow the policy
 
 Symbols, the same in every file
     x_0, x_t, noise   a sample, (1 - t) x_0 + t noise, standard normal noise; (n, c, h, w)
     t                 time in [0, 1]; 1 is noise
     v, v_old, v_ref   velocity (noise - x_0) by the policy, the old policy, the base model
     R, A, r           reward; advantage; A mapped to [0, 1], as the loss uses it
-    beta, kl          policy mix (Config.nft_beta), weight of the KL term against the base model
+    beta, kl          policy mix (see nft_loss), weight of the KL term against the base model
     eta               old <- eta old + (1 - eta) policy after each iteration
 
 Four policies share one network: the frozen base model and three LoRA adapters on it. The policy
 ("default") learns, the old policy ("old") draws, the EMA ("ema") is evaluated and saved.
 
 Departures from the authors' code that change figures (docs/models.md lists all of them)
- 1. FP4 is NVFP4 (NVFP4BlockScaling). The authors' recipe, DelayedScaling with E2M1, runs FP8.
- 2. SD3.5's last sampling time of 10 is .25. Theirs is .009, where an image hardly changes.
+ 1. FP4 is NVFP4 (NVFP4BlockScaling). The authors ask for DelayedScaling with E2M1, which runs FP8.
+ 2. The last of SD3.5's 10 sampling times is .25. Theirs is .009, where an image hardly changes.
  3. The tiny models have settings of their own (TINY_DEFAULTS).
 """
 
@@ -91,7 +93,7 @@ ALGORITHMS = {
 @dataclasses.dataclass
 class Config:
     """Everything that can be set, with the paper's values. `option` makes an option of the command
-    line; `constant` is changed here. What differs by model is in `paper` of its class."""
+    line; `constant` is changed here. A model's class overrides these values in `paper`."""
 
     model: str = option("sana", "SANA, FLUX.1 or Stable Diffusion 3.5", models.MODELS)
     algorithm: str = option("sol_rl", "the paper's rollout families", ALGORITHMS)
@@ -164,8 +166,8 @@ def nft_loss(v, v_old, v_ref, x_t, x_0, t, advantages, beta=1.0, adv_clip=5.0, k
     """The DiffusionNFT loss (arXiv 2509.16117) with Sol-RL's self-normalized weights w. All tensors
     are (B, ...) but t and advantages, (B,). Returns (scalar loss, dict of detached scalar metrics).
 
-    Gradients flow through v alone. At v = v_old only the gradient depends on A, not the value; it
-    is proportional to 2 r - 1.
+    Gradients flow through v alone. At v = v_old the value of the loss does not depend on A. Its
+    gradient does: it is proportional to 2 r - 1.
     """
     v_old, v_ref = v_old.detach(), v_ref.detach()
     t = t.reshape(-1, *[1] * (x_0.dim() - 1))
@@ -206,10 +208,11 @@ def iteration(run, step):
     for i, index in distributed.mine(list(enumerate(indices))):
         seeds = rollout.candidate_seeds(c.seed, step, index, run.num_candidates)
         text, kept = texts.take(i).to(c.device), []
+        # In sol_rl: explore (NVFP4, 6 steps, K of N kept), then regenerate (BF16, 10 steps).
         for stage in run.stages:
-            # Explore or regenerate: the old policy's copy in this precision draws these seeds.
-            copy, prompts = run.copies[stage.precision], [index] * len(seeds)
-            candidates = draw(run, stage.name, copy, prompts, text, seeds, stage.steps)
+            network = run.copies[stage.precision]  # the old policy in this precision
+            of_prompt = [index] * len(seeds)
+            candidates = draw(run, stage.name, network, of_prompt, text, seeds, stage.steps)
             # Select: nothing but the seeds reaches the next stage.
             if stage.num_kept:
                 candidates = candidates.take(select(candidates.rewards, stage.num_kept))
@@ -217,8 +220,8 @@ def iteration(run, step):
             kept.append(candidates)
         drawn.append(kept)
 
-    # Advantages from the rewards of the last stage alone, over the prompts of all processes. The
-    # proxy, which is the first stage's reward of the same seeds, is only logged.
+    # Advantages from the rewards of the last stage alone, over the prompts of all processes, in the
+    # order of `indices`. The proxy, the first stage's reward of the same seeds, is only logged.
     scores = [kept[-1].scores | {"proxy": kept[0].rewards_of(kept[-1].seeds)} for kept in drawn]
     scores = distributed.gather(scores)
     rewards = torch.stack([of_prompt["weighted_sum"] for of_prompt in scores])  # (P, K)
@@ -235,8 +238,8 @@ def iteration(run, step):
 def update(run, samples, advantages, step):
     """One optimizer step on the mean NFT loss over all (sample, time) pairs. Returns metrics.
 
-    samples: the Candidates of each prompt of this process; advantages: theirs, (K,) each. Another
-    update rule takes the place of `pairs_loss`; another optimizer that of AdamW in Run."""
+    samples: the Candidates of each prompt of this process; advantages: theirs, (K,) each. To change
+    the update rule, replace `pairs_loss`. To change the optimizer, replace AdamW in `Run`."""
     c, model = run.config, run.model
     policy = models.lora_parameters(model.transformer, "default")
     num_pairs = c.prompts_per_step * c.keep * num_timesteps(c)
@@ -245,12 +248,12 @@ def update(run, samples, advantages, step):
         for chosen, t, noise in training_pairs(c, model, candidates, step):
             x_0, share = candidates.latents[chosen], len(chosen) / num_pairs
             with models.attention_for_training(c.device):
-                pairs = candidates.text, x_0, noise, t, A[chosen].to(c.device)
-                loss, values = pairs_loss(c, model, *pairs)
+                A_of_pairs = A[chosen].to(c.device)
+                loss, values = pairs_loss(c, model, candidates.text, x_0, noise, t, A_of_pairs)
                 (loss * share).backward()
             norm = torch.nn.utils.get_total_norm([p.grad for p in policy])
-            sample = [run.train.prompts[candidates.indices[0]]], [candidates.seeds[chosen[0]]]
-            check_finite("update", *sample, loss=loss[None], gradient=norm[None])
+            prompt, seed = run.train.prompts[candidates.indices[0]], candidates.seeds[chosen[0]]
+            check_finite("update", [prompt], [seed], loss=loss[None], gradient=norm[None])
             run.stop_flag.check()
             run.advance(UPDATE_COST * len(chosen))
             for name, value in values.items():
@@ -275,7 +278,8 @@ def pairs_loss(c, model, text, x_0, noise, t, advantages):
         v_old = model.velocity(transformer, x_t, t, text)
     with torch.no_grad(), models.policy(transformer, "base"):
         v_ref = model.velocity(transformer, x_t, t, text)
-    v = model.velocity(transformer, x_t, t, text)
+    with models.policy(transformer, "default"):
+        v = model.velocity(transformer, x_t, t, text)
     return nft_loss(v, v_old, v_ref, x_t, x_0, t, advantages, c.nft_beta, c.adv_clip, c.kl)
 
 
@@ -290,11 +294,13 @@ def training_pairs(c, model, candidates, step):
     repetition, each with fresh noise. The numbers follow from run seed, step and prompt."""
     times, n = rollout.sampling_times(model, c.rollout_steps), num_timesteps(c)
     g = rollout.generator("update", c.seed, step, candidates.indices[0])
+    # n distinct places among the times for each sample
     places = torch.rand(len(candidates.seeds), len(times), generator=g).argsort(dim=1)[:, :n]
     chosen, t = torch.arange(len(places)).repeat_interleave(n), times[places].flatten()
     noise = torch.randn(len(chosen), *model.latent_shape, generator=g)
-    for part in zip(*(pairs.split(c.train_micro_batch) for pairs in (chosen, t, noise))):
-        yield part[0], part[1].to(c.device), part[2].to(c.device)
+    for start in range(0, len(chosen), c.train_micro_batch):
+        batch = slice(start, start + c.train_micro_batch)
+        yield chosen[batch], t[batch].to(c.device), noise[batch].to(c.device)
 
 
 def step_prompts(c, num_prompts, step):
@@ -308,23 +314,24 @@ def step_prompts(c, num_prompts, step):
 def draw(run, stage, network, indices, text, seeds, steps):
     """Draw images with `network` and score them, one micro-batch after the other: Candidates.
 
-    stage: "evaluate" or the name of a Stage; indices: of each seed's prompt among the held-out or
-    the training prompts; text: models.Text of one row for all seeds, or of a row for each."""
+    stage: "evaluate" or the name of a Stage; indices: the prompt's index for each seed, among the
+    held-out or the training prompts; text: models.Text of one row for all seeds, or of a row for
+    each of at most micro_batch seeds."""
     evaluating, size, parts = stage == "evaluate", run.config.micro_batch, []
-    prompts, reward = (run.held_out, run.eval_reward) if evaluating else (run.train, run.reward)
-    for batch in [slice(i, i + size) for i in range(0, len(seeds), size)]:
-        rows = text if len(text.embeds) == 1 else text.take(range(len(seeds))[batch])
-        part = rollout.Candidates(indices[batch], rows, seeds[batch])
-        rollout.seed_globals(part.seeds[0])
+    dataset, reward = (run.held_out, run.eval_reward) if evaluating else (run.train, run.reward)
+    for start in range(0, len(seeds), size):
+        batch = slice(start, start + size)
+        part = rollout.Candidates(indices[batch], text, seeds[batch])
         with run.clock(stage):
-            part.latents, images = rollout.draw(run.model, network, part.text, part.seeds, steps)
-        texts = [prompts.prompts[i] for i in part.indices]
-        metadata = [prompts.metadata[i] for i in part.indices]
-        check_finite(stage, texts, part.seeds, latents=part.latents, images=images)
+            part.latents, images = rollout.draw(run.model, network, text, part.seeds, steps)
+        prompts = [dataset.prompts[i] for i in part.indices]
+        metadata = [dataset.metadata[i] for i in part.indices]
+        check_finite(stage, prompts, part.seeds, latents=part.latents, images=images)
+        rollout.seed_globals(part.seeds[0])  # a user's reward may use the global generators
         with run.clock("evaluate" if evaluating else "reward"):
-            part.scores = reward.scores(images, texts, metadata)
+            part.scores = reward.scores(images, prompts, metadata)
         named = {f"reward {name}": values for name, values in part.scores.items()}
-        check_finite(stage, texts, part.seeds, **named)
+        check_finite(stage, prompts, part.seeds, **named)
         run.stop_flag.check()
         run.advance(len(part.seeds) * steps)
         parts.append(part)
@@ -348,8 +355,8 @@ def evaluate(run):
         for i in distributed.mine(range(0, len(seeds), c.micro_batch)):
             batch = slice(i, i + c.micro_batch)
             text = texts.take(indices[batch]).to(c.device)
-            drawn = indices[batch], text, seeds[batch], c.eval_steps
-            part = draw(run, "evaluate", run.copies["bf16"], *drawn)
+            network, steps = run.copies["bf16"], c.eval_steps
+            part = draw(run, "evaluate", network, indices[batch], text, seeds[batch], steps)
             parts.append(dataclasses.replace(part, text=None, latents=part.latents.cpu()))
         return rollout.join(distributed.gather(parts))
 
@@ -372,7 +379,8 @@ class Run:
         N, P, n = self.num_candidates, c.prompts_per_step, len(self.train.prompts)
         require(c.keep <= N, f"--keep {c.keep}: must be at most --pool {N}")
         require(P <= n, f"--prompts_per_step {P}: there are {n} training prompts; give at most {n}")
-        clip, measured = None if c.pretrained else world.TINY / "clip", []
+        clip = None if c.pretrained else world.TINY / "clip"
+        measured = []  # rewards that are not trained on
         with distributed.first_on_its_node():
             self.model = models.load(c.model, c.pretrained or None, c.resolution, device=c.device)
             self.reward = build_reward(c.reward, c.device, clip)
@@ -382,7 +390,8 @@ class Run:
             prompts = self.train.prompts, self.held_out.prompts
             judges, notes = world.judges(*prompts, c.resolution)
             measured, self.notes = measured + judges, self.notes + notes
-        self.eval_reward = Reward([*self.reward.parts, *((n, 0.0, f) for n, _, f in measured)])
+        measured = [(name, 0.0, function) for name, _, function in measured]
+        self.eval_reward = Reward([*self.reward.parts, *measured])
         self.copies, self.layers, self.backends = {}, [], []
         for precision in dict.fromkeys(["bf16", *(stage.precision for stage in self.stages)]):
             skip, min_dim = self.model.keep_bf16, c.min_dim
