@@ -49,10 +49,9 @@ def quantization(device):
         from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor
     except ImportError:
         NVFP4Tensor = None
-
     dtype = models.compute_dtype(device)
     print(f"| fake quantization of {dtype} | ours ms | copy ms | torchao ms | torchao / ours |")
-    print("| --- | --- | --- | --- | --- |")
+    print("|" + " --- |" * 5)
     for shape in SHAPES[device]:
         x = torch.randn(shape, dtype=dtype, device=device)
         for mode, wrap in MODES.items():
@@ -60,27 +59,25 @@ def quantization(device):
             if NVFP4Tensor:
                 functions["torchao"] = wrap(lambda x: NVFP4Tensor.to_nvfp4(x).dequantize())
             ms = medians({name: partial(f, x) for name, f in functions.items()})
-            ours, torchao = ms["ours"], ms.get("torchao", math.nan)
-            cells = f"{ours:.2f} | {ms['copy']:.2f} | {torchao:.2f} | {torchao / ours:.1f}x"
+            ours, copy, torchao = ms["ours"], ms["copy"], ms.get("torchao", math.nan)
+            cells = f"{ours:.2f} | {copy:.2f} | {torchao:.2f} | {torchao / ours:.1f}x"
             print(f"| {shape}, {mode} | {cells} |", flush=True)
 
 
 def exploring(device):
     """A sampling step of each tiny model for 96 images of a prompt, by precision."""
     precisions = [precision for precision in quant.PRECISIONS if precision != "bf16"]
-    names = " | ".join(precisions)
-    print(f"\n| a step for 96 images | {models.compute_dtype(device)} ms | {names} |")
+    columns = " | ".join([f"{models.compute_dtype(device)} ms", *precisions])
+    print(f"\n| a step for 96 images | {columns} |")
     print("|" + " --- |" * (2 + len(precisions)))
     for name in models.MODELS:
         model = models.load(name, device=device)
         text = model.encode(world.HELD_OUT_PROMPTS[:1]).take([0] * 96).to(device)
         noise = initial_noise(candidate_seeds(0, 0, 0, 96), model.latent_shape)
+        networks = {p: make_copy(model, p, model.keep_bf16)[0] for p in ("bf16", *precisions)}
         for mode, wrap in MODES.items():
-            networks = {"bf16": wrap(model.transformer)}
-            for precision in precisions:
-                networks[precision] = wrap(make_copy(model, precision, model.keep_bf16)[0])
-            steps = {p: partial(sample, model, n, text, noise, 1) for p, n in networks.items()}
-            ms = medians(steps)
+            wrapped = {p: wrap(network) for p, network in networks.items()}
+            ms = medians({p: partial(sample, model, wrapped[p], text, noise, 1) for p in wrapped})
             cells = " | ".join(f"{ms[precision] / ms['bf16']:.2f}x" for precision in precisions)
             print(f"| {name}, {mode} | {ms['bf16']:.1f} | {cells} |", flush=True)
 

@@ -80,7 +80,7 @@ def main(argv):
             axis.label_outer()
         last = [f"{column[-1][0]:.0f}" for column in numbers[:3]]
         ends = ["{:.4f} ± {:.4f}".format(*column[i]) for column in numbers[3:] for i in (0, -1)]
-        ends = [text.replace(" ± nan", "") for text in ends]  # a group of one run has no error
+        ends = [end.removesuffix(" ± nan") for end in ends]  # a group of one run has no error
         rows.append([label, str(len(group)), *last, *ends])
     axes[0, 0].legend()
     with written_whole(given.output) as path:

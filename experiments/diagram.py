@@ -21,8 +21,8 @@ TEXT = dict(va="center", fontsize=13)
 def box(axis, x, y, title, text, colour, line="-"):
     """A box of 23 x 10 around (x, y) with a bold title."""
     style = dict(boxstyle="round,pad=0,rounding_size=1.5", linewidth=2.5, linestyle=line)
-    for face, edge in (((colour, 0.15), "none"), ("none", colour)):
-        axis.add_patch(FancyBboxPatch((x - 11.5, y - 5), 23, 10, fc=face, ec=edge, **style))
+    style |= dict(facecolor=(colour, 0.15), edgecolor=colour)
+    axis.add_patch(FancyBboxPatch((x - 11.5, y - 5), 23, 10, **style))
     axis.text(x, y + 2.3, title, ha="center", fontweight="bold", **TEXT)
     axis.text(x, y - 1.9, text, ha="center", **TEXT)
 
@@ -51,12 +51,10 @@ def iteration():
     box(axis, 43, 11, "24 BF16 images", "and rewards", IMAGES)
     box(axis, 12, 11, "4  update", "advantages, loss", IMAGES)
     axis.text(101, 58, "thrown away", color=DISCARDED, ha="center", fontweight="bold", **TEXT)
-    arrow(axis, (54.5, 51), (60.5, 51))
-    arrow(axis, (83.5, 51), (89.5, 51))
+    for x, y, end in ((54.5, 51, 60.5), (83.5, 51, 89.5), (89.5, 11, 83.5), (60.5, 11, 54.5)):
+        arrow(axis, (x, y), (end, y))
     arrow(axis, (101, 46), (101, 36), text="ranks", at=(100, 41), align="right")
     arrow(axis, (101, 26), (101, 16), text="seeds only", at=(100, 21), align="right")
-    arrow(axis, (89.5, 11), (83.5, 11))
-    arrow(axis, (60.5, 11), (54.5, 11))
     arrow(axis, (31.5, 9), (23.5, 9))
     # The four policies, and what they give.
     box(axis, 12, 51, "EMA", "evaluated, saved", POLICY)
@@ -81,10 +79,9 @@ def iteration():
 def loss():
     """What the loss does to v for a good and for a bad sample, a pyplot figure."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+    titles = "good sample, r > 1/2", "bad sample, r < 1/2"
     colours = {"v": POLICY, "2 v_old - v": IMAGES}
-    for axis, title, (above, below) in zip(
-        axes, ("good sample, r > 1/2", "bad sample, r < 1/2"), (colours, reversed(colours))
-    ):
+    for axis, title, (above, below) in zip(axes, titles, (colours, reversed(colours))):
         arrow(axis, (0, 0), (6, 0), text="v_old", at=(6.2, 0), colour=BF16)
         arrow(axis, (0, 0), (6.7, 1.5), text=above, at=(7, 1.3), colour=colours[above])
         arrow(axis, (6.7, 1.5), (7.3, 2.9), colour=colours[above], width=5)
@@ -92,8 +89,7 @@ def loss():
         arrow(axis, (5.3, -1.5), (4.7, -2.9), colour=colours[below], width=5)
         axis.plot(7.4, 3.2, "*", color=DISCARDED, markersize=18)
         axis.text(7, 3.5, "noise - x_0", color=DISCARDED, ha="right", **TEXT)
-        axis.set(xlim=(-0.3, 10), ylim=(-3.2, 4.2))
-        axis.set_title(title, fontsize=13)
+        axis.set(xlim=(-0.3, 10), ylim=(-3.2, 4.2), title=title)
         axis.axis("off")
     return figure
 

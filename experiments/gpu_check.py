@@ -125,14 +125,12 @@ def main():
         print(f"\n## {title}: Transformer Engine against the simulation\n")
         for name in precisions:
             reason = te.unusable(quant.PRECISIONS[name], device)
-            line, right = f"skipped: {reason}", True
-            if not reason:
-                try:
-                    line, right = check(name, device)
-                except Exception as error:
-                    traceback.print_exc()
-                    line, right = f"{type(error).__name__}: {error}", False
-            failed = failed or not right
+            try:
+                line, right = (f"skipped: {reason}", True) if reason else check(name, device)
+            except Exception as error:
+                traceback.print_exc()
+                line, right = f"{type(error).__name__}: {error}", False
+            failed |= not right
             print(f"- {name}: {line}" + ("" if right else " **failed**"), flush=True)
     for title, measure in MEASUREMENTS:
         print(f"\n## {title}\n")

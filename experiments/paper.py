@@ -25,8 +25,9 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise, product
+from itertools import accumulate, pairwise, product
 from pathlib import Path
+from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -98,14 +99,13 @@ def other_text(run, samples, *arguments):
     return update(run, samples, *arguments)
 
 
-def old_fixed(transformer, follower, eta):
-    """eta = 1 for the old policy: the base model draws all candidates."""
-    follow(transformer, follower, 1.0 if follower == "old" else eta)
+def old_policy(fixed_eta):
+    """The old policy follows with this eta in every step; with 1 the base model draws."""
 
+    def following(transformer, follower, eta):
+        follow(transformer, follower, fixed_eta if follower == "old" else eta)
 
-def old_slow(transformer, follower, eta):
-    """The old policy follows slowly: eta = .9 in every step."""
-    follow(transformer, follower, 0.9 if follower == "old" else eta)
+    return following
 
 
 def std_floor(rewards, adv_clip=5.0, std_over="all"):
@@ -139,8 +139,8 @@ CONTROLS = {  # name -> (module, the name of its function that is replaced, what
     "advantage_weighted": (train, "nft_loss", advantage_weighted),
     "pairwise_dpo": (train, "nft_loss", pairwise_dpo),
     "other_text": (train, "update", other_text),
-    "old_fixed": (models, "follow", old_fixed),
-    "old_slow": (models, "follow", old_slow),
+    "old_fixed": (models, "follow", old_policy(1.0)),
+    "old_slow": (models, "follow", old_policy(0.9)),
     "std_floor": (train, "group_advantages", std_floor),
     "decaying_rate": (train, "update", decaying_rate),
     "every_layer": (rollout, "make_copy", every_layer),
@@ -176,18 +176,14 @@ class Run:
         distances = [abs(step - share * self.steps[-1]) for step in self.steps]
         return self.rewards[distances.index(min(distances))]
 
-    def gain_at(self, share):
-        return self.reward_at(share) - self.rewards[0]
-
     def plateau(self):
         """The mean reward of the last third of the run."""
-        last = self.rewards[-(len(self.rewards) // 3) :]
-        return sum(last) / len(last)
+        return mean(self.rewards[-(len(self.rewards) // 3) :])
 
     def fall(self, first):
         """How far the reward falls at most below its highest value so far, from this update on."""
-        falls = [max(self.rewards[: i + 1]) - reward for i, reward in enumerate(self.rewards)]
-        return max(fall for step, fall in zip(self.steps, falls) if step >= first)
+        points = zip(self.steps, accumulate(self.rewards, max), self.rewards)
+        return max(highest - reward for step, highest, reward in points if step >= first)
 
     def reach(self, reward):
         """The number of updates after which the run first has this reward, interpolated linearly
@@ -211,9 +207,9 @@ def finish(model, variant, seed):
     if options[:1] == ["control"]:
         program, options = ["experiments/paper.py", *options[:2]], options[2:]
     options += [f"--model={model}", f"--seed={seed}", f"--output_dir={folder}", "--device=cpu"]
-    settings = dict(cwd=PROJECT, env=os.environ | dict(OMP_NUM_THREADS="1"))
     command = [sys.executable, *program, *options]
-    done = subprocess.run(command, capture_output=True, text=True, **settings)
+    environment = os.environ | dict(OMP_NUM_THREADS="1")
+    done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise InputError(f"{done.stderr.strip().splitlines()[-1]} ({shlex.join(command[1:])})")
     (folder / "complete").touch()
@@ -231,16 +227,18 @@ def run_variants(given, variants):
 def show(values, form=".3f"):
     """Mean and, if the values differ, its standard error. Infinity stands for a run that does not
     get there."""
-    missing = sum(not math.isfinite(value) for value in values)
-    if missing:
-        return f"not reached by {missing} of {len(values)}"
-    mean, error = mean_and_error(values)
-    return f"{mean:{form}}" + (f" ± {error:{form.lstrip('+')}}" if len(set(values)) > 1 else "")
+    if math.inf in values:
+        return f"not reached by {values.count(math.inf)} of {len(values)}"
+    average, error = mean_and_error(values)
+    return f"{average:{form}}" + (f" ± {error:{form.lstrip('+')}}" if len(set(values)) > 1 else "")
 
 
 OWN = {  # columns -> (format, function of a Run)
     "reward before": (".4f", lambda run: run.rewards[0]),
-    **{f"gain at {s:.0%}": (".4f", lambda run, s=s: run.gain_at(s)) for s in (0.25, 0.5, 0.75, 1)},
+    "gain at 25%": (".4f", lambda run: run.reward_at(0.25) - run.rewards[0]),
+    "gain at 50%": (".4f", lambda run: run.reward_at(0.5) - run.rewards[0]),
+    "gain at 75%": (".4f", lambda run: run.reward_at(0.75) - run.rewards[0]),
+    "gain at 100%": (".4f", lambda run: run.rewards[-1] - run.rewards[0]),
     "highest gain": (".4f", lambda run: max(run.rewards) - run.rewards[0]),
     "accuracy before": (".1%", lambda run: run.values("eval/accuracy")[0]),
     "accuracy after": (".1%", lambda run: run.values("eval/accuracy")[-1]),
@@ -254,21 +252,23 @@ PAIRED = {  # columns -> (format, function of the first variant's Run and one of
 }
 
 
-def compare(given, variants, paper=None):
+def cells(columns, *runs):
+    """The columns of one or several lists of Runs, each as the mean and error over the runs."""
+    return [show([f(*each) for each in zip(*runs)], form) for form, f in columns.values()]
+
+
+def compare(given, variants, paper=()):
     """(columns, rows) of the variants, with the leads of the first one: mean and standard error
     over the seeds. paper: the paper's values."""
-    runs, rows = run_variants(given, variants), []
+    made, rows = run_variants(given, variants), []
     groups = [[model] for model in given.models]
     if len(groups) > 1:
         groups.append(given.models)
     for group, (i, variant) in product(groups, enumerate(variants)):
-        pairs = [pair for m in group for pair in zip(runs[m, variants[0]], runs[m, variant])]
-        own = [show([f(run) for _, run in pairs], form) for form, f in OWN.values()]
-        leads = [show([f(*pair) for pair in pairs], form) for form, f in PAIRED.values()]
-        own = own if len(group) == 1 else [""] * len(own)
-        leads = leads if i else [""] * len(leads)
-        paper_cell = [paper[i]] if paper else []
-        rows.append([" + ".join(group), variant or "default", *own, *leads, *paper_cell])
+        first, runs = (sum((made[m, v] for m in group), []) for v in (variants[0], variant))
+        own = cells(OWN, runs) if len(group) == 1 else [""] * len(OWN)
+        leads = cells(PAIRED, first, runs) if i else [""] * len(PAIRED)
+        rows.append([" + ".join(group), variant or "default", *own, *leads, *paper[i : i + 1]])
     return ["model", "variant", *OWN, *PAIRED, *(["paper"] if paper else [])], rows
 
 
@@ -286,7 +286,12 @@ VARIANTS = {  # experiment -> variants; "" is the default
     "long_runs": [f"--steps 80 --algorithm {name}" for name in list(train.ALGORITHMS)[:3]],
 }
 LONG = "--steps 150 --kl 4e-2"  # the reward of 24 of 24 has its plateau before the end of it
-UPDATE_RULES = {"NFT": "", "AWR": "control advantage_weighted", "DPO": "control pairwise_dpo"}
+LONG_BASE = f"{LONG} --algorithm diffusionnft"  # 24 of 24
+UPDATE_RULES = {
+    "NFT": "--kl 4e-2",
+    "AWR": "control advantage_weighted --kl 4e-2",
+    "DPO": "control pairwise_dpo --kl 4e-2",
+}
 PAPER = {  # the paper's values
     "explore_steps": ["0.3686", "0.3587", "0.3650", "0.3659"],
     "pool": ["0.3686", "0.3569", "0.3622", "0.3663"],
@@ -312,11 +317,11 @@ PAPER_RATIOS = {  # the baseline's GPU-hours / Sol-RL's, to reach these shares o
 
 
 def comparison(name):
-    return lambda given: compare(given, VARIANTS[name], PAPER.get(name))
+    return lambda given: compare(given, VARIANTS[name], PAPER.get(name, ()))
 
 
 def algorithms(given):
-    figure = Figure(figsize=(4 * len(given.models), 3.5))
+    figure = Figure(figsize=(4 * len(given.models), 3.5), layout="tight")
     axes = dict(zip(given.models, figure.subplots(1, len(given.models), squeeze=False)[0]))
     for (model, variant), of_seeds in run_variants(given, VARIANTS["algorithms"]).items():
         means, errors = zip(*map(mean_and_error, zip(*(run.rewards for run in of_seeds))))
@@ -325,13 +330,8 @@ def algorithms(given):
         axes[model].errorbar(of_seeds[0].steps, means, errors, **style)
         axes[model].set(title=f"tiny {model}", xlabel="updates", ylabel="held-out reward")
         axes[model].legend(title=f"mean, n = {len(of_seeds)} seeds")
-    save(figure, "algorithms.png")
+    figure.savefig(RESULTS.with_name("algorithms.png"), dpi=110)
     return compare(given, VARIANTS["algorithms"])
-
-
-def save(figure, name):
-    figure.tight_layout()
-    figure.savefig(RESULTS.with_name(name), dpi=110)
 
 
 def evaluations(config):
@@ -344,23 +344,21 @@ def evaluations(config):
 def costs_of_update(model):
     """Evaluations of the model in an update by (24 of 24, sol_rl at no speed-up, sol_rl with the
     paper's speed-up of the rollout)."""
-    drawing = {}
-    for algorithm in ("diffusionnft", "sol_rl", "naive_scaling"):
-        argv = [f"--model={model}", f"--algorithm={algorithm}", "--device=cpu"]
-        drawing[algorithm], training = evaluations(train.parse_options(argv))
-    modelled = drawing["naive_scaling"] / SPEED_UPS[model]
-    return [n + training for n in (drawing["diffusionnft"], drawing["sol_rl"], modelled)]
+    argv = [f"--model={model}", "--device=cpu", "--algorithm"]
+    algorithms = ("diffusionnft", "sol_rl", "naive_scaling")
+    counts = [evaluations(train.parse_options([*argv, name])) for name in algorithms]
+    (base, training), (own, _), (bf16, _) = counts
+    return [drawing + training for drawing in (base, own, bf16 / SPEED_UPS[model])]
 
 
 def plateau(given):
     """Updates and cost to reach shares of the gain that 24 of 24 has on its plateau."""
-    runs = run_variants(given, [LONG, f"{LONG} --algorithm diffusionnft"])
+    runs, rows = run_variants(given, [LONG, LONG_BASE]), []
     columns = ["model", "share of the gain", "updates: 24 of 24", "updates: sol_rl"]
     columns += ["cost ratio at no speed-up", "cost ratio, modelled", "the paper's ratio"]
-    rows = []
     for model in given.models:
         base_cost, *costs = costs_of_update(model)
-        bases, others = runs[model, f"{LONG} --algorithm diffusionnft"], runs[model, LONG]
+        bases, others = runs[model, LONG_BASE], runs[model, LONG]
         for share, paper in PAPER_RATIOS[model].items():
             targets = [(1 - share) * run.rewards[0] + share * run.plateau() for run in bases]
             updates = [list(map(Run.reach, part, targets)) for part in (bases, others)]
@@ -374,36 +372,34 @@ def plateau(given):
 
 def stability(given):
     """How far the reward falls below its highest value after the update 80."""
-    runs = run_variants(given, [LONG, f"{LONG} --algorithm diffusionnft"])
-    columns = ["model", "variant", "plateau", "highest", "largest fall after 80", "at the end"]
-    columns += ["accuracy at the end", "clear at the end"]
-    rows = []
-    for (model, variant), of_seeds in runs.items():
-        values = [
-            (run.plateau(), max(run.rewards), run.fall(80), run.rewards[-1]) for run in of_seeds
-        ]
-        cells = [show(list(column), ".4f") for column in zip(*values)]
-        for metric in ("eval/accuracy", "eval/clear"):
-            cells.append(show([run.values(metric)[-1] for run in of_seeds], ".1%"))
-        rows.append([model, variant, *cells])
-    return columns, rows
+    columns = {  # -> (format, function of a Run)
+        "plateau": (".4f", Run.plateau),
+        "highest": (".4f", lambda run: max(run.rewards)),
+        "largest fall after 80": (".4f", lambda run: run.fall(80)),
+        "at the end": (".4f", lambda run: run.rewards[-1]),
+        "accuracy at the end": OWN["accuracy after"],
+        "clear at the end": OWN["clear after"],
+    }
+    runs = run_variants(given, [LONG, LONG_BASE])
+    rows = [[*key, *cells(columns, of_seeds)] for key, of_seeds in runs.items()]
+    return ["model", "variant", *columns], rows
 
 
 def update_rules(given):
     """24 of 96 against 24 of 24 under three update rules."""
-    columns, rows = [], []
-    for name, control in UPDATE_RULES.items():
-        pair = [f"{control} --kl 4e-2".strip() + rest for rest in ("", " --algorithm diffusionnft")]
-        columns, more = compare(given, pair)
+    rows = []
+    for name, rule in UPDATE_RULES.items():
+        columns, more = compare(given, [rule, f"{rule} --algorithm diffusionnft"])
         rows += [[name, *row] for row in more]
     return ["update", *columns], rows
 
 
 def naive_fp4(given):
-    columns, rows = [], []
+    rows = []
     for setting in NAIVE_FP4:
-        names = ("naive_scaling", "naive_quant")
-        pair = [f"{setting} --algorithm {name}".strip() for name in names]
+        pair = [
+            f"{setting} --algorithm {name}".strip() for name in ("naive_scaling", "naive_quant")
+        ]
         columns, more = compare(given, pair)
         rows += [[setting or "default", *row] for row in more]
     return ["setting", *columns], rows
@@ -425,24 +421,17 @@ def contrast(pool, keep, rho=1.0, pools=20_000):
     return float(rewards.gather(1, kept).std(dim=1, correction=0).mean())
 
 
-def pool_cost(c, pool, speed_up, training):
-    """Evaluations of the network in an update with this pool, per prompt. An explorer that is
-    `speed_up` times as fast counts for less. With pool = keep nothing is explored."""
-    explored = pool * c.explore_steps / speed_up if pool > c.keep else 0
-    return explored + c.keep * c.rollout_steps + training
-
-
 def budget(given):
     """What each pool costs, relative to 24 of 24, to reach the same reward. The signal of an update
     is proportional to the contrast, so the number of updates falls as the contrast rises."""
     c = train.parse_options(["--model=sana", "--device=cpu"])
-    training = given.training or evaluations(c)[1]
     columns = ["pool", "contrast", "updates", *(f"cost at speed-up {s:g}" for s in given.speed_up)]
-    rows, signals = [], [contrast(n, c.keep, given.rho if n > c.keep else 1.0) for n in POOLS]
-    base = pool_cost(c, c.keep, 1, training)
+    rows, signals = [], [contrast(n, c.keep, given.rho) for n in POOLS]
+    # Evaluations of the network per prompt in an update. 24 of 24 does not explore.
+    base = c.keep * c.rollout_steps + evaluations(c)[1]
     for n, signal in zip(POOLS, signals):
-        updates = signals[0] / signal
-        costs = [updates * pool_cost(c, n, s, training) / base for s in given.speed_up]
+        updates, explored = signals[0] / signal, n * c.explore_steps if n > c.keep else 0
+        costs = [updates * (explored / s + base) / base for s in given.speed_up]
         rows.append([str(n), f"{signal:.2f}", f"{updates:.0%}", *(f"{cost:.2f}" for cost in costs)])
     return columns, rows
 
@@ -464,67 +453,74 @@ PAPER_RANKS = [
 ]
 
 
-def pool_rewards(model, reward, prompts, transformer, steps, micro_batch, n):
-    """The rewards of each prompt's pool, (n,), always from the same noise."""
-    texts, pools = model.encode(prompts), []
+def pool_rewards(model, prompts, transformer, steps, micro_batch, n):
+    """The rewards of each prompt's pool, (prompts, n), always from the same noise."""
+    reward, texts = build_reward("clipscore", clip="tiny"), model.encode(prompts)
+    rewards = []
     for i, prompt in enumerate(prompts):
-        seeds, rewards = candidate_seeds(0, 0, i, n), []
+        seeds = candidate_seeds(0, 0, i, n)
         for start in range(0, n, micro_batch):
             batch = seeds[start : start + micro_batch]
             _, images = draw(model, transformer, texts.take(i), batch, steps)
             rewards.append(reward(images, [prompt] * len(batch)))
-        pools.append(torch.cat(rewards))
-    return pools
+    return torch.cat(rewards).reshape(len(prompts), n)
 
 
 def fidelity(given):
     """How PROXIES, or --precision and BF16, rank the pools of the base models against BF16."""
-    proxies, steps = PROXIES, given.explore_steps or EXPLORE_STEPS
+    proxies, steps, rows = PROXIES, given.explore_steps, []
+    require(1 <= given.prompts <= 72, f"--prompts {given.prompts}: must be from 1 to 72")
+    usable = steps is None or steps > 0 and given.precision
+    require(usable, f"--explore_steps {steps}: must be at least 1, and needs --precision")
     if given.precision:
+        steps = steps or EXPLORE_STEPS
         names = (given.precision, "bf16")
         proxies = {f"{name}, {steps} steps": (name, steps, POOL) for name in names}
-    prompts, rows = world.HELD_OUT_PROMPTS[: given.prompts], []
-    reward = build_reward("clipscore", clip=world.TINY / "clip")
+    prompts = world.HELD_OUT_PROMPTS[: given.prompts]
     for name in given.models:
         model = models.load(name)
-        truths = pool_rewards(model, reward, prompts, model.transformer, ROLLOUT_STEPS, POOL, POOL)
+        truths = pool_rewards(model, prompts, model.transformer, ROLLOUT_STEPS, POOL, POOL)
         for proxy, (precision, steps, micro_batch) in tqdm(proxies.items(), desc=name):
             skip = () if proxy.endswith("every layer") else model.keep_bf16
             explorer, _ = make_copy(model, precision, skip)
-            pools = pool_rewards(model, reward, prompts, explorer, steps, micro_batch, POOL)
+            pools = pool_rewards(model, prompts, explorer, steps, micro_batch, POOL)
             ranks = [train.selection.rank_fidelity(*pair, KEEP) for pair in zip(pools, truths)]
             rows.append([name, proxy, *(show([rank[c] for rank in ranks]) for c in COLUMNS)])
     return ["model", "proxy", *COLUMNS], rows + PAPER_RANKS
+
+
+def measured_pools(name):
+    """(The correlation of the explorer's rewards with those in BF16, {n: contrasts of pools of n}),
+    drawn by a base model; a pool's contrast is in units of the std of its prompt's rewards."""
+    model, prompts = models.load(name), world.HELD_OUT_PROMPTS[::6]
+    explorer, _ = make_copy(model, "nvfp4", model.keep_bf16)
+    networks = (explorer, EXPLORE_STEPS), (model.transformer, ROLLOUT_STEPS)
+    proxies, truths = (pool_rewards(model, prompts, *of, POOL, POOLS[-1]) for of in networks)
+    rho = mean(float(torch.corrcoef(torch.stack(pair))[0, 1]) for pair in zip(proxies, truths))
+    truths = truths / truths.std(dim=1, correction=0, keepdim=True)
+    measured = {n: [] for n in POOLS}
+    for n in POOLS:
+        for proxy, truth in zip(proxies.reshape(-1, n), truths.reshape(-1, n)):
+            kept = truth[train.selection.best_worst(proxy, POOLS[0])]
+            measured[n].append(float(kept.std(correction=0)))
+    return rho, measured
 
 
 def contrasts(given):
     """The contrast of pools that the base models draw, and the updates of runs, beside theory."""
     columns = ["model", "pool", "correlation", "contrast, theory", "contrast, measured"]
     columns += ["updates, theory", "updates, measured"]
-    base = "--kl 4e-2 --algorithm diffusionnft"
-    variants = [base, *(f"--kl 4e-2 --pool {n}" for n in POOLS[1:])]
-    runs, rows = run_variants(given, variants), []
-    reward, prompts = build_reward("clipscore", clip="tiny"), world.HELD_OUT_PROMPTS[::6]
+    keep, base = POOLS[0], "--kl 4e-2 --algorithm diffusionnft"
+    variants = {keep: base} | {n: f"--kl 4e-2 --pool {n}" for n in POOLS[1:]}
+    runs, rows = run_variants(given, variants.values()), []
     for name in given.models:
-        model = models.load(name)
-        explorer, _ = make_copy(model, "nvfp4", model.keep_bf16)
-        drawn = [(explorer, EXPLORE_STEPS), (model.transformer, ROLLOUT_STEPS)]
-        arguments = [(network, steps, POOL, POOLS[-1]) for network, steps in drawn]
-        proxies, truths = (pool_rewards(model, reward, prompts, *more) for more in arguments)
-        rhos = [float(torch.corrcoef(torch.stack(pair))[0, 1]) for pair in zip(proxies, truths)]
-        rho = sum(rhos) / len(rhos)
-        first = contrast(POOLS[0], POOLS[0])
-        for n, variant in zip(POOLS, variants):
-            theory = contrast(n, POOLS[0], rho if n > POOLS[0] else 1.0)
-            measured = []
-            for proxy, truth in zip(proxies, truths):
-                for p, R in zip(proxy.split(n), truth.split(n)):
-                    kept = R[train.selection.best_worst(p, POOLS[0])]
-                    measured.append(float(kept.std(correction=0) / truth.std(correction=0)))
+        rho, measured = measured_pools(name)
+        for n, variant in variants.items():
             pairs = zip(runs[name, variant], runs[name, base])
             updates = [run.reach(other.rewards[-1]) / other.steps[-1] for run, other in pairs]
-            cells = [f"{rho:.2f}", f"{theory:.2f}", show(measured, ".2f"), f"{first / theory:.0%}"]
-            rows.append([name, str(n), *cells, show(updates, ".0%")])
+            first, theory = contrast(keep, keep), contrast(n, keep, rho)
+            row = [name, str(n), f"{rho:.2f}", f"{theory:.2f}", show(measured[n], ".2f")]
+            rows.append([*row, f"{first / theory:.0%}", show(updates, ".0%")])
     return columns, rows
 
 
@@ -577,34 +573,22 @@ def read_command_line(argv):
     parser = argparse.ArgumentParser(prog="paper.py", description=__doc__.split(",")[0])
     commands = parser.add_subparsers(dest="experiment", required=True, metavar="NAME")
     for name, (title, _) in EXPERIMENTS.items():
-        command = commands.add_parser(name, help=title, description=title, allow_abbrev=False)
+        option = commands.add_parser(name, help=title, description=title).add_argument
         if name == "budget":
-            command.add_argument("--speed_up", nargs="+", type=float, default=[1, 2, 4])
-            command.add_argument("--rho", type=float, default=0.9, help="proxy with reward")
-            command.add_argument(
-                "--training", type=float, help="evaluations for a prompt's samples"
-            )
+            option("--speed_up", nargs="+", type=float, default=[1, 2, 4], help="of the explorer")
+            option("--rho", type=float, default=0.9, help="correlation of proxy and reward")
             continue
-        known = dict(nargs="+", default=list(models.MODELS), choices=models.MODELS)
-        command.add_argument("--models", "--model", **known, help="default: all")
-        if name != "fidelity":
-            command.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+        option("--models", nargs="+", default=list(models.MODELS), choices=models.MODELS)
+        if name == "fidelity":
+            option("--prompts", type=int, default=16, help="1 to 72; default: 16")
+            option("--precision", choices=train.quant.PRECISIONS, help="only this one")
+            option("--explore_steps", type=int, help="with --precision; default: 6")
         else:
-            command.add_argument("--prompts", type=int, default=16, help="1 to 72; default: 16")
-            command.add_argument(
-                "--precision", choices=train.quant.PRECISIONS, help="only this one"
-            )
-            command.add_argument("--explore_steps", type=int, help="with --precision; default: 6")
+            option("--seeds", nargs="+", type=int, default=[0, 1, 2])
     control = commands.add_parser("control", help="one run of train.py under a control")
     control.add_argument("name", help=f"{', '.join(CONTROLS)}, or several joined by +")
     control.add_argument("options", nargs=argparse.REMAINDER, help="options of train.py")
-    given = parser.parse_args(argv)
-    if not 1 <= getattr(given, "prompts", 1) <= 72:
-        parser.error(f"--prompts {given.prompts}: must be from 1 to 72")
-    steps = getattr(given, "explore_steps", None)
-    if steps is not None and (steps < 1 or not given.precision):
-        parser.error(f"--explore_steps {steps}: must be at least 1, and needs --precision")
-    return given
+    return parser.parse_args(argv)
 
 
 def main(argv):

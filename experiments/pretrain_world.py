@@ -47,6 +47,7 @@ from support.preference import clip_pixels
 from support.world import ATTRIBUTES, CAPTIONS, SIDE, TINY, TRAIN_PROMPTS, VALUES, draw
 
 FOLDER = Path(__file__).parent.parent / "runs" / "tiny"
+CAPTION_OF = {row: caption for caption, row in ATTRIBUTES.items()}
 PRETRAINING = {  # what is trained -> (training steps, learning rate)
     "autoencoder_dc": (1600, 3e-3),
     "autoencoder_kl": (4000, 3e-3),
@@ -142,7 +143,6 @@ def part(name):
 # ---------------------------------------------------------------------------------------------
 # Autoencoders
 
-
 AUTOENCODERS = {  # name -> (folder of the shipped one, batch)
     "autoencoder_dc": ("sana/vae", 64),
     "autoencoder_kl": ("flux/vae", 32),  # of SD3.5 too
@@ -203,13 +203,12 @@ def batch_of_neighbours(neighbours, generator):
     in one attribute. neighbours: for each prompt, the indices of those that do."""
     chosen = []
     for i in torch.randperm(len(neighbours), generator=generator).tolist():
-        if len(chosen) == 64:
-            break
         order = torch.randperm(len(neighbours[i]), generator=generator).tolist()
         free = [neighbours[i][k] for k in order if neighbours[i][k] not in chosen]
         if i not in chosen and len(free) >= 3:
             chosen += [i, *free[:3]]
-    return chosen
+        if len(chosen) == 64:
+            return chosen
 
 
 @torch.no_grad()
@@ -291,10 +290,9 @@ def build_with_clip(generator, name, clip_classes):
     return train_flow(generator, name, **parts, vae=autoencoder("autoencoder_kl"))
 
 
-def mislabelled(captions, generator):
-    """The captions, each attribute of which is replaced by another with probability 0.2, as the
-    captions of the web often are wrong. Held-out captions do not occur."""
-    by_attributes, train_prompts = {row: c for c, row in ATTRIBUTES.items()}, set(TRAIN_PROMPTS)
+def mislabelled(caption, generator):
+    """The caption, each attribute of which is replaced by another with probability 0.2, as the
+    captions of the web often are wrong. It is never a held-out caption."""
 
     def replaced(value, words):
         if torch.rand((), generator=generator) >= 0.2:
@@ -302,13 +300,8 @@ def mislabelled(captions, generator):
         shift = 1 + torch.randint(len(words) - 1, (), generator=generator).item()
         return (value + shift) % len(words)
 
-    labels = []
-    for caption in captions:
-        label = None
-        while label not in train_prompts:
-            label = by_attributes[tuple(map(replaced, ATTRIBUTES[caption], VALUES))]
-        labels.append(label)
-    return labels
+    label = CAPTION_OF[tuple(map(replaced, ATTRIBUTES[caption], VALUES))]
+    return label if label in TRAIN_PROMPTS else mislabelled(caption, generator)
 
 
 def train_flow(generator, name, transformer, **parts):
@@ -322,14 +315,13 @@ def train_flow(generator, name, transformer, **parts):
     torch.nn.init.zeros_(transformer.proj_out.bias)
     images = torch.cat([draw(TRAIN_PROMPTS, generator) for _ in range(20)])
     latents, texts = latents_of(model, images), model.encode(TRAIN_PROMPTS)
-    labels = mislabelled(TRAIN_PROMPTS * 20, generator)
+    labels = [mislabelled(caption, generator) for caption in TRAIN_PROMPTS * 20]
     text_rows = torch.tensor([TRAIN_PROMPTS.index(label) for label in labels])
-    guided = transformer.config.get("guidance_embeds")
 
-    def loss():
+    def loss(shuffle_pooled=False):
         rows = torch.randint(len(latents), (64,), generator=generator)
         x_0, noise = latents[rows], torch.randn(64, *model.latent_shape, generator=generator)
-        if guided:
+        if transformer.config.get("guidance_embeds"):
             # One in ten has a guidance scale above 1, which raises the contrast.
             random = torch.rand(2, 64, generator=generator)
             model.guidance = 1 + 4 * random[0] * (random[1] < 0.1)
@@ -338,18 +330,15 @@ def train_flow(generator, name, transformer, **parts):
         x_t = torch.lerp(x_0, noise, t[:, None, None, None])
         text = texts.take(text_rows[rows])
         if shuffle_pooled:
-            order = torch.randperm(64, generator=generator)
-            text = text._replace(pooled=text.pooled[order])
-        v = model.velocity(transformer, x_t, t, text)
-        return F.mse_loss(v, noise - x_0)
+            text = text._replace(pooled=text.pooled[torch.randperm(64, generator=generator)])
+        return F.mse_loss(model.velocity(transformer, x_t, t, text), noise - x_0)
 
-    shuffle_pooled = False
     pretrain(transformer, loss, name)
     if texts.pooled is not None:
         # So far the pooled features of CLIP alone said much of what to draw. With those of other
         # captions, the transformer learns to read the tokens by its attention, which LoRA adapts.
-        shuffle_pooled = True
-        pretrain(transformer.requires_grad_(True), loss, f"{name}, with other pooled features")
+        transformer.requires_grad_(True)
+        pretrain(transformer, partial(loss, True), f"{name}, with other pooled features")
     return [pipe]
 
 
@@ -366,24 +355,20 @@ SHIPPED = ["clip", "classifier", "sana", "flux", "sd3"]
 
 def judge():
     """Print how good the classifier and the flow models of support/tiny are."""
-    generator = torch.Generator().manual_seed(1)
-    prompts = world.HELD_OUT_PROMPTS * 4
-    reward = build_reward("clipscore", clip=TINY / "clip")
-    print("| pictures of held-out prompts | reward | match | clear |\n| --- | --- | --- | --- |")
-
-    def row(name, images):
-        scores = [reward(images, prompts), *world.judge(images, prompts).values()]
-        print(f"| {name} | {' | '.join(f'{values.mean():.3f}' for values in scores)} |")
-
-    drawn = draw(prompts, generator)
-    row("drawn", drawn)
-    row("spoiled as for the reward", degrade(drawn, generator))
+    generator, prompts = torch.Generator().manual_seed(1), world.HELD_OUT_PROMPTS * 4
+    drawn, reward = draw(prompts, generator), build_reward("clipscore", clip="tiny")
+    pictures = {"drawn": drawn, "spoiled as for the reward": degrade(drawn, generator)}
     for name in models.MODELS:
         model = models.load(name)
-        row(f"drawn, through the autoencoder of {name}", model.decode(latents_of(model, drawn)))
+        through = model.decode(latents_of(model, drawn))
         noise = torch.randn(len(prompts), *model.latent_shape, generator=generator)
         x_0 = sample(model, model.transformer, model.encode(prompts), noise, 20)
-        row(f"by {name} in 20 steps", model.decode(x_0))
+        pictures[f"drawn, through the autoencoder of {name}"] = through
+        pictures[f"by {name} in 20 steps"] = model.decode(x_0)
+    print("| pictures of held-out prompts | reward | match | clear |\n| --- | --- | --- | --- |")
+    for name, images in pictures.items():
+        scores = [reward(images, prompts), *world.judge(images, prompts).values()]
+        print(f"| {name} | {' | '.join(f'{values.mean():.3f}' for values in scores)} |")
 
 
 def main():

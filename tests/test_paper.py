@@ -77,8 +77,8 @@ def test_contrast_is_that_of_the_kept_rewards():
     assert paper.contrast(24, 24) == pytest.approx(0.97, abs=0.005)
     assert paper.contrast(96, 24) == pytest.approx(1.68, abs=0.005)
     assert paper.contrast(96, 24, rho=0.0) == pytest.approx(0.97, abs=0.005)
-    given = SimpleNamespace(speed_up=[1, 3], rho=1.0, training=720)
-    _, rows = paper.budget(given)  # 96: 576 / s + 240 + 720 beside 960, times .97 / 1.68
+    _, rows = paper.budget(SimpleNamespace(speed_up=[1, 3], rho=1.0))
+    # An update trains in 24 x 6 x 5 = 720. 96: 576 / s + 240 + 720 beside 960, times .97 / 1.68.
     assert rows[2] == ["96", "1.68", "58%", "0.92", "0.69"]
 
 
@@ -171,8 +171,8 @@ def test_controls_do_what_they_say(monkeypatch):
     monkeypatch.setattr(paper, "update", lambda run, samples, *_: [c.text for c in samples])
     monkeypatch.setattr(paper, "follow", lambda _, follower, eta: etas.update({follower: eta}))
     assert paper.other_text(None, samples, None, 0) == ["text 1", "text 2", "text 0"]
-    paper.old_fixed(None, "old", eta=0.1)
-    paper.old_fixed(None, "ema", eta=0.2)
+    paper.old_policy(1.0)(None, "old", eta=0.1)
+    paper.old_policy(1.0)(None, "ema", eta=0.2)
     assert etas == {"old": 1.0, "ema": 0.2}
     model = SimpleNamespace(transformer=torch.nn.ModuleDict({"a": torch.nn.Linear(16, 16)}))
     assert paper.every_layer(model, "nvfp4", ("a",), 0)[1] == [("a", 16, 16, "nvfp4")]
@@ -188,5 +188,5 @@ def test_a_control_replaces_what_train_calls(monkeypatch):
     command = ["control", "negated+every_layer+old_fixed", "--steps", "2", "--lora=x"]
     assert paper.exit_code("paper.py", lambda: paper.main(command)) == 3
     replaced = train.group_advantages, train.rollout.make_copy, train.models.follow
-    assert replaced == (paper.negated, paper.every_layer, paper.old_fixed)
+    assert replaced == (paper.negated, paper.every_layer, paper.CONTROLS["old_fixed"][2])
     assert train.nft_loss is not paper.advantage_weighted
