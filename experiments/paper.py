@@ -355,7 +355,7 @@ def plateau(given):
     """Updates and cost to reach shares of the gain that 24 of 24 has on its plateau."""
     runs, rows = run_variants(given, [LONG, LONG_BASE]), []
     columns = ["model", "share of the gain", "updates: 24 of 24", "updates: sol_rl"]
-    columns += ["cost ratio at no speed-up", "cost ratio, modelled", "the paper's ratio"]
+    columns += ["cost ratio at no speed-up", "modelled cost ratio", "the paper's ratio"]
     for model in given.models:
         base_cost, *costs = costs_of_update(model)
         bases, others = runs[model, LONG_BASE], runs[model, LONG]
@@ -508,8 +508,8 @@ def measured_pools(name):
 
 def contrasts(given):
     """The contrast of pools that the base models draw, and the updates of runs, beside theory."""
-    columns = ["model", "pool", "correlation", "contrast, theory", "contrast, measured"]
-    columns += ["updates, theory", "updates, measured"]
+    columns = ["model", "pool", "correlation", "contrast in theory", "contrast measured"]
+    columns += ["updates in theory", "updates measured"]
     keep, base = POOLS[0], "--kl 4e-2 --algorithm diffusionnft"
     variants = {keep: base} | {n: f"--kl 4e-2 --pool {n}" for n in POOLS[1:]}
     runs, rows = run_variants(given, variants.values()), []
@@ -553,7 +553,7 @@ def table(columns, rows):
 def fill(page):
     """The page with the tables made anew that stand below a comment such as
 
-    <!-- pool.csv: model, variant, paper; model = sana -->
+    <!-- pool.csv: model, variant, paper; model = sana / flux -->
 
     which names a file of docs/data, its columns to show and, perhaps, the rows."""
 
@@ -561,8 +561,9 @@ def fill(page):
         name, columns, condition = match[1], match[2].split(", "), match[3] or ""
         with open(DATA / name, newline="") as file:
             rows = list(csv.DictReader(file))
-        column, _, value = condition.partition(" = ")
-        rows = [[row[c] for c in columns] for row in rows if not column or row[column] == value]
+        column, _, values = condition.partition(" = ")
+        rows = [row for row in rows if not column or row[column] in values.split(" / ")]
+        rows = [[row[column] for column in columns] for row in rows]
         return f"{match[0].splitlines()[0]}\n{table(columns, rows)}"
 
     return re.sub(r"<!-- (\S+\.csv): ([^;]+?)(?:; (.+?))? -->\n(?:\|.*\n)*", made, page)
