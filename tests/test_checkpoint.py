@@ -65,7 +65,7 @@ def test_a_damaged_checkpoint_is_named_executes_nothing_and_the_one_before_is_ta
 
 @pytest.mark.parametrize(
     "owner, name",
-    [(checkpoint, "save_file"), (Path, "write_text"), (Path, "rename")],
+    [(checkpoint, "save_file"), (Path, "write_text"), (os, "replace")],
 )
 def test_a_full_disk_harms_no_checkpoint_before(owner, name, tmp_path, monkeypatch):
     save(tmp_path, 1)

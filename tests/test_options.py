@@ -75,7 +75,7 @@ def test_what_is_given_wins_constants_are_no_options_and_help_names_every_option
         ("--resolution 36", "multiple of 8"),
         ("--model sd3 --resolution 96", "positions up to 64"),
         ("--device cuda:77", "--device cuda:77: not on this machine; try --device cpu"),
-        ("--prompts missing.txt", "--prompts HERE/missing.txt"),
+        ("--prompts missing.txt", "--prompts missing.txt"),
         ("--prompts GOOD.txt", "--prompts_per_step 2: there are 1 training prompts"),
         ("--pretrained", "--pretrained: needs --prompts FILE"),
         (f"{PUBLISHED} a/b/c", "a/b/c: neither a folder nor such a model on the hub"),
@@ -90,7 +90,7 @@ def test_what_is_given_wins_constants_are_no_options_and_help_names_every_option
         ("--resume nowhere", "--resume nowhere: there is no checkpoint"),
         ("--resume latest", "--resume latest: no run"),
         ("--resume RUN --pool 96", "pool was 48 and is 96; start a new run for that"),
-        ("--resume RUN --prompts other.txt", "prompts was '' and is 'HERE/other.txt'"),
+        ("--resume RUN --prompts other.txt", "prompts was '' and is 'other.txt'"),
         ("--resume RUN --steps 1", "--steps 1: the run has done 2"),
         ("--resume RUN", "other layers"),
         (
@@ -170,6 +170,7 @@ def test_a_run_is_resumed_from_any_folder_however_its_files_are_written(
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "sub").mkdir()
+    (tmp_path / "p.txt").touch()
     files = ["--eval_rewards", "mine.py:blue", "--prompts", "p.txt", "--pretrained", "sub"]
     stored("run/", "--reward", "clipscore:0.5,mine.py:red", *files)
     named = ["--reward", reward.replace("HERE", str(tmp_path)), "--eval_rewards", "./mine.py:blue"]

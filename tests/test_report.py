@@ -7,6 +7,7 @@ import sys
 import types
 import warnings
 from pathlib import Path
+from unittest.mock import Mock, call
 
 import pytest
 import torch
@@ -244,16 +245,9 @@ def test_with_enough_held_out_prompts_the_gain_is_said_in_standard_errors(
 ):
     with report(tmp_path) as run:
         run.run.held_out.prompts = ["a ring"] * 8
+        run.run.reward.parts = run.run.eval_reward.parts = [("clipscore", 1, None)]
         for step, rewards in ((0, [0.0] * 8), (2, [1.0, 3.0] * 4)):
-            run.evaluated(
-                step,
-                candidates(
-                    [1] * 8,
-                    rewards,
-                    list(range(8)),
-                    **{"mine.py:blue": rewards, "mine.py:red": rewards, "clipscore": rewards},
-                ),
-            )
+            run.evaluated(step, candidates([1] * 8, rewards, [*range(8)], clipscore=rewards))
         run.finish()
     # The deviations from 2 are all 1: the variance is 8 / 7, the error is sqrt(8 / 7 / 8).
     assert f"{2 * 7**0.5:.1f} standard errors" in capsys.readouterr().out
@@ -328,29 +322,17 @@ def test_wandb_gets_the_same_numbers_and_each_folder_is_a_run_of_its_own(tmp_pat
 
 
 def test_tensorboard_purges_what_a_killed_run_logged_after_its_checkpoint(tmp_path, monkeypatch):
-    writers = []
-
-    class SummaryWriter:
-        def __init__(self, folder, purge_step):
-            self.purge_step, self.logged = purge_step, []
-            writers.append(self)
-
-        def add_scalar(self, name, value, step):
-            self.logged.append((step, name))
-
-        def flush(self):
-            pass
-
-    module = types.SimpleNamespace(SummaryWriter=SummaryWriter)
+    module = types.SimpleNamespace(SummaryWriter=Mock())
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     with report(tmp_path, report_to="tensorboard") as run:
-        assert not writers  # a writer makes the folder, which stays away until it is needed
+        assert not module.SummaryWriter.called  # a writer makes the folder
         two_steps(run)
     with report(tmp_path, report_to="tensorboard", resume=str(tmp_path)) as run:
         run.resume(1)
         run.step(2, METRICS, KEPT)
-    assert [writer.purge_step for writer in writers] == [None, 2]
-    assert (1, "loss") in writers[0].logged and {step for step, _ in writers[1].logged} == {2}
+    purged = [made.kwargs["purge_step"] for made in module.SummaryWriter.call_args_list]
+    logged = module.SummaryWriter().add_scalar.call_args_list
+    assert purged == [None, 2] and call("loss", 1.0, 1) in logged
 
 
 @pytest.mark.parametrize(
