@@ -234,16 +234,13 @@ class Report:
             config = dict(config=self.options, backend=self.run.backends, layers=self.run.layers)
             config |= dict(versions={name: version(name) for name in names}, commit=commit())
             self._write("config.json", Path.write_text, json.dumps(config, indent=1))
-        images = len(drawn.seeds) // n  # of each prompt; the first one is shown
-        shown = drawn.take([prompt * images for prompt in self.shown])
-        captions = [f"{reward:.3f}" for reward in shown.rewards]
         if "accuracy" in scores:
             text += f"  pictures that match their prompt {entries['eval/accuracy']:.0%}"
-            marks = ["✓" if matches else "✗" for matches in shown.scores["accuracy"]]
-            captions = [f"{caption}  {mark}" for caption, mark in zip(captions, marks)]
+        images = len(drawn.seeds) // n  # of each prompt; the first one is shown
+        shown = drawn.take([prompt * images for prompt in self.shown])
         prompts = [self.run.held_out.prompts[i] for i in self.shown]
         label = f"after {step} steps" if step else "before training"
-        self._draw(HELD_OUT.format(step), "", prompts, [(label, shown.latents, captions)])
+        self._draw(HELD_OUT.format(step), "", prompts, [(label, shown)])
         self._log(step, entries, also={"eval/rewards": rewards})
         say(text)
 
@@ -270,30 +267,32 @@ class Report:
         seeds = [last.seeds[i] for i in order]
         seeds, rows = seeds[:4] + seeds[4:][-4:], []
         for stage, candidates in zip(self.run.stages, kept):
-            captions = [f"{reward:.3f}" for reward in candidates.rewards_of(seeds)]
-            latents = candidates.latents[[candidates.seeds.index(seed) for seed in seeds]]
+            shown = candidates.take([candidates.seeds.index(seed) for seed in seeds])
             precision = stage.precision.replace("bf16", self.run.model.computes_in)
-            rows.append((f"{stage.name}, {precision}", latents, captions))
+            rows.append((f"{stage.name}, {precision}", shown))
         title = f"step {step}, kept candidates: {self.run.train.prompts[first.indices[0]]}"
         self._draw(f"images/step_{step:04d}.png", title, [""] * len(seeds), rows)
 
     def _draw(self, name, title, columns, rows):
-        """Write rows of pictures. columns: a title for each, or ""; rows: [(label, latents, a
-        caption for each)]."""
+        """Write rows of pictures with their rewards. columns: a title for each, or ""; rows:
+        [(label, Candidates)]."""
         size = (1.3 * len(columns) + 0.4, 1.65 * len(rows) + 0.6)
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots(len(rows), len(columns), squeeze=False)
         for axis, column in zip(axes[0], columns):
             axis.set_title(fitted(column, 20), fontsize=8, **USERS_TEXT)
-        for row, (label, latents, captions) in zip(axes, rows):
+        for row, (label, drawn) in zip(axes, rows):
             row[0].set_ylabel(label)
-            images = self.run.model.decode(latents.to(self.options["device"]))
-            for axis, image, caption in zip(row, images, captions):
-                colour = {"✓": "green", "✗": "red"}.get(caption[-1], "black")
-                axis.imshow(image.permute(1, 2, 0).cpu().numpy())
+            images = self.run.model.decode(drawn.latents.to(self.options["device"]))
+            for i, axis in enumerate(row):
+                text, colour = f"{drawn.rewards[i]:.3f}", "black"
+                if "accuracy" in drawn.scores:
+                    mark, colour = ("✓", "green") if drawn.scores["accuracy"][i] else ("✗", "red")
+                    text += f"  {mark}"
+                axis.imshow(images[i].permute(1, 2, 0).cpu().numpy())
                 axis.set(xticks=[], yticks=[])
                 axis.spines[:].set(color=colour, linewidth=2)
-                axis.set_xlabel(caption, color=colour, fontweight="bold")
+                axis.set_xlabel(text, color=colour, fontweight="bold")
         figure.suptitle(fitted(title, 16 * len(columns), 2), fontsize=10, **USERS_TEXT)
         self._write(name, figure.savefig, dpi=120)
 
@@ -324,9 +323,9 @@ class Report:
             axis.set_ylabel(shares.get(name, f"{name}\n({kind})"), **USERS_TEXT)
             if name in shares:
                 axis.set_ylim(-0.03, 1.03)
-        bottom = figure.axes[-1]
-        bottom.set_xlabel("optimizer steps")
-        bottom.xaxis.get_major_locator().set_params(integer=True)
+        axis = figure.axes[-1]
+        axis.set_xlabel("optimizer steps")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         self._write("curve.png", figure.savefig, dpi=120)
 
     def finish(self):
