@@ -15,6 +15,7 @@ import os
 import shutil
 import signal
 import threading
+from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from support import distributed
-from support.errors import InputError, Stopped, one_line, require
+from support.errors import InputError, Stopped, one_line, require, written_whole
 
 KEPT = 2  # number of checkpoints that a run keeps, the last ones
 
@@ -44,26 +45,26 @@ def save(folder, step, policies, optimizer, options):
     path = Path(folder, "checkpoints", f"step_{step:06d}")
     if distributed.RANK > 0 or path.exists():  # one of this step holds the same
         return path
-    tensors = {f"{name}.{i}": p.detach() for name in policies for i, p in enumerate(policies[name])}
+    tensors = numbered(policies)
     for i, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{i}.{name}": torch.as_tensor(v) for name, v in state.items()}
-    unfinished = path.with_name(f"unfinished.{path.name}")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
+    with written_whole(path) as unfinished:
+        unfinished.mkdir(parents=True, exist_ok=True)
         save_file({k: v.contiguous() for k, v in tensors.items()}, unfinished / "state.safetensors")
         (unfinished / "run.json").write_text(json.dumps({"step": step, "options": options}))
-        unfinished.rename(path)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     for old in [p for p in paths(folder) if p.name <= path.name][:-KEPT]:
         shutil.rmtree(old, ignore_errors=True)
     return path
 
 
+def numbered(policies):
+    """{name: list of parameters} -> {"name.0": tensor, "name.1": tensor, ...}."""
+    return {f"{name}.{i}": p.detach() for name in policies for i, p in enumerate(policies[name])}
+
+
 def paths(folder):
     """The checkpoints of a run's folder, the oldest first."""
-    return sorted(Path(folder, "checkpoints").glob("step_" + "[0-9]" * 6))
+    return sorted(Path(folder, "checkpoints").glob("step_*"))
 
 
 def newest(folder):
@@ -73,27 +74,24 @@ def newest(folder):
         try:
             run = json.loads((path / "run.json").read_text())
             tensors = load_file(path / "state.safetensors")
-            return Checkpoint(path, run["step"], dict(run["options"]), tensors)
-        except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
+            return Checkpoint(path, run["step"], run["options"], tensors)
+        except (OSError, ValueError, SafetensorError) as error:
             distributed.say(f"{path}: cannot be read ({one_line(error)}); trying the one before")
     raise InputError(f"--resume {folder}: there is no checkpoint in it that can be read")
 
 
-@torch.no_grad()
 def restore(checkpoint, policies, optimizer):
     """Copy a Checkpoint into the parameters of the policies and the state of the optimizer, of any
     kind. Returns its step. Raises InputError if the parameters are not those of this run."""
-    state, shapes = {}, {}
-    for name, parameters in policies.items():
-        shapes |= {f"{name}.{i}": p.shape for i, p in enumerate(parameters)}
-    found = {n: t.shape for n, t in checkpoint.tensors.items() if not n.startswith("optimizer.")}
-    require(found == shapes, f"{checkpoint.path}: its LoRA has other layers than this run's")
-    for name, tensor in checkpoint.tensors.items():
-        owner, i, *entry = name.split(".")
-        if owner == "optimizer":
-            state.setdefault(int(i), {})[entry[0]] = tensor
-        else:
-            policies[owner][int(i)].copy_(tensor)
+    ours, state = numbered(policies), defaultdict(dict)
+    found = {n: t for n, t in checkpoint.tensors.items() if not n.startswith("optimizer.")}
+    same = {n: t.shape for n, t in found.items()} == {n: p.shape for n, p in ours.items()}
+    require(same, f"{checkpoint.path}: its LoRA has other layers than this run's")
+    for name, parameter in ours.items():
+        parameter.copy_(found[name])
+    for name in checkpoint.tensors.keys() - found.keys():
+        _, i, entry = name.split(".")
+        state[int(i)][entry] = checkpoint.tensors[name]
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
     return checkpoint.step
 

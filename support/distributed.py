@@ -9,11 +9,12 @@ number of processes. If a process fails, torchrun ends the others; the last chec
 """
 
 import contextlib
-import itertools
 import os
 import sys
 from datetime import timedelta
 
+import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 from support.errors import InputError
@@ -30,9 +31,6 @@ def group():
     if WORLD == 1:
         yield
         return
-    import torch
-    import torch.distributed as dist
-
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
         dist.init_process_group(backend, timeout=timedelta(minutes=30))
@@ -61,20 +59,17 @@ def gather(share):
     """The results that every process has for its share of a list, in the order of the list."""
     if WORLD == 1:
         return share
-    import torch.distributed as dist
-
     shares = [None] * WORLD
     dist.all_gather_object(shares, share)
-    missing = object()  # where a process has one result less than the others
-    rounds = itertools.zip_longest(*shares, fillvalue=missing)
-    return [result for results in rounds for result in results if result is not missing]
+    results = [None] * sum(map(len, shares))
+    for rank, share in enumerate(shares):
+        results[rank::WORLD] = share
+    return results
 
 
 def total(tensor):
     """Sum a tensor over the processes, in place."""
     if WORLD > 1:
-        import torch.distributed as dist
-
         dist.all_reduce(tensor)
 
 

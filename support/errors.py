@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -16,24 +17,11 @@ class InputError(ValueError):
 
 
 class Stopped(Exception):
-    """SIGINT or SIGTERM, whose number is `signal`, asked the run to stop."""
-
-    def __init__(self, signal):
-        super().__init__(signal)
-        self.signal = signal
+    """SIGINT or SIGTERM asked the run to stop. Its argument is the number of the signal."""
 
 
 class NonFinite(FloatingPointError):
-    """NaN or infinity, found before the optimizer moved.
-
-    what: "latents", "images", "reward NAME", "loss" or "gradient"; prompt: its text; stage: of the
-    rollout, or "update" or "evaluate"; seed: of the candidate.
-    """
-
-    def __init__(self, what, prompt, stage, seed):
-        super().__init__(
-            f"NaN or infinity in the {what}, prompt {prompt!r}, stage {stage}, seed {seed}"
-        )
+    """NaN or infinity, found before the optimizer moved."""
 
 
 def require(condition, message):
@@ -44,11 +32,13 @@ def require(condition, message):
 
 def check_finite(stage, prompts, seeds, **tensors):
     """Raise NonFinite for the first of n samples, with these n prompts and seeds, for which one of
-    the tensors (n, ...) holds NaN or infinity."""
+    the tensors (n, ...) holds NaN or infinity. stage: of the rollout, or "update" or "evaluate"."""
     for what, tensor in tensors.items():
         bad = (~tensor.isfinite()).reshape(len(tensor), -1).any(dim=1).tolist()
         if True in bad:
-            raise NonFinite(what, prompts[bad.index(True)], stage, seeds[bad.index(True)])
+            i = bad.index(True)
+            where = f"prompt {prompts[i]!r}, stage {stage}, seed {seeds[i]}"
+            raise NonFinite(f"NaN or infinity in the {what}, {where}")
 
 
 def exit_code(program, function):
@@ -61,7 +51,7 @@ def exit_code(program, function):
     except SystemExit as request:  # --help
         return request.code or 0
     except Stopped as stopped:
-        return 128 + stopped.signal
+        return 128 + stopped.args[0]
     except InputError as error:
         code, line = 2, f"error: {one_line(error)}"
     except (NonFinite, OSError, SafetensorError) as error:  # the last one is also of a full disk
@@ -86,12 +76,14 @@ def one_line(error):
 
 @contextlib.contextmanager
 def written_whole(path):
-    """A temporary name in the folder of `path`. What is written there becomes `path` when the block
-    ends; if the block fails, nothing is left of it."""
+    """A temporary name beside `path`. The file or folder that is written there becomes `path` when
+    the block ends; if the block fails, nothing is left of it."""
     path = Path(path)
     temporary = path.with_name(f"unfinished.{path.name}")
     try:
         yield temporary
         os.replace(temporary, path)
     finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
         temporary.unlink(missing_ok=True)

@@ -6,7 +6,7 @@ Wrong input raises a one-line InputError before any work is done.
 import dataclasses
 import importlib.util
 import os
-import time
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -55,8 +55,7 @@ def parse(config_class, argv, paper, tiny):
     parser.set_defaults(**own)  # --help then shows what this command would use
     config = build(config_class, own | absolute(vars(parser.parse_args(argv))))
     if not config.output_dir:
-        now = time.strftime("%m%d-%H%M%S") + f"{time.time() % 1:.3f}"[1:]
-        name = f"runs/{config.model}_{config.algorithm}_{now}"
+        name = f"runs/{config.model}_{config.algorithm}_{datetime.now():%m%d-%H%M%S.%f}"[:-3]
         config.output_dir = distributed.gather([name])[0]  # the processes' clocks differ
     out = Path(config.output_dir)
     taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
@@ -66,11 +65,9 @@ def parse(config_class, argv, paper, tiny):
 
 def build(config_class, values):
     """A config_class with these values of its options and constants; other names are left out."""
-    fields = dataclasses.fields(config_class)
-    config = config_class(**{f.name: values[f.name] for f in fields if f.init and f.name in values})
-    for field in fields:
-        if not field.init and field.name in values:
-            setattr(config, field.name, values[field.name])
+    config = config_class()
+    for name in dataclasses.asdict(config).keys() & values.keys():
+        setattr(config, name, values[name])
     return config
 
 
@@ -83,21 +80,21 @@ def resumed(parser, config_class, argv, folder):
         require(latest, "--resume latest: no run in runs/ has a checkpoint")
         folder = str(latest.parents[1])
     newest = checkpoint.newest(folder)
-    saved, known = newest.options, {f.name for f in dataclasses.fields(config_class)}
+    saved, where = newest.options, f"--resume {folder}"
+    known = {f.name for f in dataclasses.fields(config_class)}
     problem = "another version of this program made the run; start a new one"
-    require(saved.keys() == known, f"--resume {folder}: {problem}")
+    require(saved.keys() == known, f"{where}: {problem}")
     parser.set_defaults(**saved)
     given = absolute(vars(parser.parse_args(argv)) | dict(resume=folder, output_dir=folder))
     named = {word.split("=")[0] for word in argv}
     for name in ("reward", "eval_rewards"):  # a file is executed only if the user names it here
         trusted = ".py:" not in saved[name] or f"--{name}" in named
         advice = f"if you trust it, add --{name} {saved[name]}"
-        require(trusted, f"--resume {folder}: the run executes a file; {advice}")
+        require(trusted, f"{where}: the run executes a file; {advice}")
     for name, value in given.items():
         was = f"{name} was {saved[name]!r} and is {value!r}; start a new run for that"
-        require(name in RUNNING or value == saved[name], f"--resume {folder}: {was}")
-    config = check(build(config_class, saved | given))
-    done = newest.step
+        require(name in RUNNING or value == saved[name], f"{where}: {was}")
+    config, done = check(build(config_class, saved | given)), newest.step
     require(done <= config.steps, f"--steps {config.steps}: the run has done {done}; give more")
     config.checkpoint = newest
     return config
@@ -108,9 +105,8 @@ def absolute(options):
     write the same file or the same reward become equal."""
     options = dict(options)
     for name in ("prompts", "eval_prompts", "pretrained", "lora"):
-        is_path = "prompts" in name or Path(options[name]).exists()  # else an id on the hub
-        if is_path and options[name] not in ("", "published"):
-            options[name] = str(Path(options[name]).resolve())
+        if options[name] not in ("", "published") and Path(options[name]).exists():
+            options[name] = str(Path(options[name]).resolve())  # else it is an id on the hub
     for name in ("reward", "eval_rewards"):
         options[name] = ",".join(map(absolute_reward, options[name].split(",")))
     return options
@@ -132,9 +128,7 @@ def check(c):
     for field in dataclasses.fields(c):
         value, least = getattr(c, field.name), SMALLEST.get(field.name, 1)
         if field.init and field.type in (int, float):
-            require(
-                least <= value <= 2**63 - 1, f"--{field.name} {value}: must be at least {least}"
-            )
+            require(value >= least, f"--{field.name} {value}: must be at least {least}")
     require(c.keep % 2 == 0, f"--keep {c.keep}: must be even, half best and half worst")
     require(c.prompts or not c.pretrained, "--pretrained: needs --prompts FILE as well")
     P, processes = c.prompts_per_step, distributed.WORLD

@@ -2,44 +2,40 @@
 
 config.json       every option, how each layer is explored, versions of packages
 metrics.jsonl     one line per step (docs/running.md defines each name); NaN is null
-images/           kept candidates of one prompt with their rewards, one row for each stage
+images/           step_NNNN.png: kept candidates of one prompt, one row for each stage;
+                  held_out_NNNN.png: held-out prompts drawn by the EMA policy, from the same noise
 curve.png         gain in the reward of the held-out prompts; with tiny models, their accuracy
-before_after.png  held-out prompts, drawn from the same noise by the base model and the EMA policy
-progress.webp     the same pictures at every evaluation, as an animation
+before_after.png  the first and the last of the held-out pictures
+progress.webp     all held-out pictures as an animation
 lora/             the EMA policy's LoRA, for `pipe.load_lora_weights(folder)`, with a model card
 
 Nothing is written before the first evaluation is done. After it, a run that is stopped leaves all
 of these files too.
 """
 
-import contextlib
 import functools
 import hashlib
-import inspect
-import io
 import json
 import math
-import os
 import statistics
 import subprocess
 import textwrap
 import time
-import unicodedata
 import warnings
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
-import matplotlib
+import numpy as np
+import torch
 from matplotlib.figure import Figure
 from matplotlib.font_manager import get_font_names
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from support import distributed, models
 from support.distributed import say
-from support.errors import InputError, written_whole
+from support.errors import require, written_whole
 
 PROJECT = Path(__file__).resolve().parents[1]
 # One colour for one thing in all figures that compare; colour-blind people can tell them apart.
@@ -56,10 +52,12 @@ COLOURS = {
 # What a (sample, time) pair of the update costs, in evaluations of the network. Three passes are
 # forward (the policy, the old policy, the base model); one is backward, which counts twice.
 UPDATE_COST = 5
+HELD_OUT = "images/held_out_{:04d}.png"  # of a step
 # Fonts with Chinese, Japanese and Korean characters, which matplotlib's own font lacks.
 WIDE_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Microsoft YaHei", "PingFang SC")
 WIDE_FONTS += ("Hiragino Sans", "Arial Unicode MS", "WenQuanYi Zen Hei", "SimHei", "Malgun Gothic")
-FEW_PROMPTS = 8  # with fewer held-out prompts, the standard error is itself too uncertain
+INSTALLED = [font for font in WIDE_FONTS if font in get_font_names()]
+USERS_TEXT = dict(parse_math=False, fontfamily=["sans-serif", *INSTALLED])  # prompts, names
 
 
 def network_evaluations(candidates, stages, num_times):
@@ -84,51 +82,36 @@ def reward_metrics(scores, rank_fidelity):
     """What is logged of the candidates that were trained on. scores: of each of P prompts {reward,
     "weighted_sum", "proxy": (K,)}; the proxy is the first stage's reward of the same candidates.
     rank_fidelity: that of select.py."""
-    mean, metrics = statistics.mean, {}
-    for name in [name for name in scores[0] if name != "proxy"]:
-        metrics[f"reward/{name}"] = mean(float(s[name].mean()) for s in scores)
-    rewards = [s["weighted_sum"].tolist() for s in scores]
-    best, worst = [max(row) for row in rewards], [min(row) for row in rewards]
-    metrics |= {
-        "reward/mean": mean(sum(rewards, [])),
-        "reward/best": mean(best),
-        "reward/worst": mean(worst),
-        "reward/std": statistics.pstdev(sum(rewards, [])),
-        "reward/spread": mean(best) - mean(worst),
-        "reward/zero_spread": sum(a == b for a, b in zip(best, worst)),
+    rewards = torch.stack([of_prompt["weighted_sum"] for of_prompt in scores]).double()  # (P, K)
+    best, worst = rewards.amax(dim=1), rewards.amin(dim=1)
+    metrics = {
+        "reward/mean": rewards.mean(),
+        "reward/best": best.mean(),
+        "reward/worst": worst.mean(),
+        "reward/std": rewards.std(correction=0),
+        "reward/spread": (best - worst).mean(),
+        "reward/zero_spread": (best == worst).sum(),
     }
-    ranks = [rank_fidelity(s["proxy"], s["weighted_sum"], len(rewards[0]) // 2) for s in scores]
+    for name in [name for name in scores[0] if name != "proxy"]:
+        metrics[f"reward/{name}"] = torch.stack([s[name] for s in scores]).double().mean()
+    ranks = [rank_fidelity(s["proxy"], s["weighted_sum"], rewards.shape[1] // 2) for s in scores]
     for name in ("kendall_tau", "spearman_rho"):
-        metrics[f"fidelity/kept_{name}"] = mean(rank[name] for rank in ranks)
-    return metrics
+        metrics[f"fidelity/kept_{name}"] = statistics.mean(rank[name] for rank in ranks)
+    return {name: float(value) for name, value in metrics.items()}
 
 
 def commit():
     """The git commit of this project, with "-dirty" where a file was changed; None without git."""
-    command = "git --git-dir=.git describe --always --dirty --abbrev=40 --exclude=*".split()
-    try:
-        options = dict(cwd=PROJECT, stderr=subprocess.DEVNULL, text=True)
-        return subprocess.check_output(command, **options).strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    command = "git --git-dir=.git describe --always --dirty --abbrev=40 --exclude=*"
+    found = subprocess.run(command, shell=True, cwd=PROJECT, capture_output=True, text=True)
+    return found.stdout.strip() or None
 
 
 def fitted(text, width, lines=3):
-    """Text in at most that many lines. Chinese, Japanese and Korean characters are twice as wide
-    as others."""
-    wide = any(unicodedata.east_asian_width(character) in "WF" for character in text)
+    """Text in at most that many lines. Chinese, Japanese and Korean characters, which come after
+    U+2E80, are twice as wide as others."""
+    wide = max(text, default="") > "\u2e80"
     return textwrap.fill(text, width // 2 if wide else width, max_lines=lines)
-
-
-@contextlib.contextmanager
-def fonts():
-    """Inside, figures use WIDE_FONTS too where they are installed. A character that no font has
-    becomes a box, without a warning."""
-    installed = [font for font in WIDE_FONTS if font in get_font_names()]
-    families = [*matplotlib.rcParams["font.family"], *installed]
-    with matplotlib.rc_context({"font.family": families}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        yield
 
 
 class Report:
@@ -148,9 +131,9 @@ class Report:
     def __enter__(self):
         """Say what the run will do."""
         run, c = self.run, self.run.config
-        options = {name: value for name, value in self.options.items() if value != ""}
-        say(textwrap.fill("  ".join(f"{name}={value}" for name, value in options.items()), 100))
+        options = [f"{name}={value}" for name, value in self.options.items() if value != ""]
         lines = [
+            textwrap.fill("  ".join(options), 100),
             *run.backends,
             f"an iteration: {c.prompts_per_step} prompts x {run.num_candidates} candidates, "
             f"{c.keep} of each prompt trained on at {self.num_times} times, one optimizer step; "
@@ -160,8 +143,7 @@ class Report:
             f"in {c.eval_steps} steps",
             *run.notes,
         ]
-        for line in lines:
-            say(line)
+        say("\n".join(lines))
         self.track = self._tracker()
         self.bar = tqdm(
             total=self._work(c.steps),
@@ -177,25 +159,24 @@ class Report:
 
     def _work(self, step):
         """A process's share of the network evaluations up to the evaluation after a step."""
-        c, stages = self.run.config, self.run.stages
-        counts = network_evaluations(self.run.num_candidates, stages, self.num_times)
+        c = self.run.config
+        counts = network_evaluations(self.run.num_candidates, self.run.stages, self.num_times)
         evaluations = 1 + step // c.eval_every + (step == c.steps and step % c.eval_every > 0)
         images = evaluations * len(self.run.held_out.prompts) * c.eval_images
         work = step * c.prompts_per_step * sum(counts.values()) + images * c.eval_steps
         return work // distributed.WORLD
 
     def _tracker(self):
-        """A function of step and metrics, for --report_to."""
+        """A function of metrics and step, for --report_to."""
         c, folder = self.run.config, self.folder.resolve()
         if distributed.RANK > 0 or c.report_to == "none":
-            return lambda step, metrics: None
+            return lambda metrics, step: None
         if c.report_to == "wandb":
             import wandb
 
-            key = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]  # two folders are two runs
+            key = hashlib.sha256(bytes(folder)).hexdigest()[:16]  # two folders are two runs
             which = dict(project="sol-rl", id=key, name=folder.name, resume="allow")
-            wandb.init(**which, config=self.options, reinit="finish_previous")
-            return lambda step, metrics: wandb.log(metrics, step=step)
+            return wandb.init(**which, config=self.options, reinit="finish_previous").log
         from torch.utils.tensorboard import SummaryWriter
 
         # What a killed run logged after its last checkpoint is logged again, so it is purged.
@@ -203,7 +184,7 @@ class Report:
         # The writer makes the folder, so it must not be made before there is something to write.
         writer = functools.cache(lambda: SummaryWriter(folder, purge_step=first))
 
-        def track(step, metrics):
+        def track(metrics, step):
             for name, value in metrics.items():
                 writer().add_scalar(name, value, step)
             writer().flush()
@@ -221,31 +202,21 @@ class Report:
         """Take up the log as it was after `step`: later lines and an unfinished last line are left
         out. Raises InputError if the log of the steps before is not complete."""
         path = self.folder / "metrics.jsonl"
-        try:
-            lines = [json.loads(text) for text in path.read_text().splitlines()[: step + 1]]
-            complete = [line["step"] for line in lines] == list(range(step + 1))
-        except (OSError, ValueError, TypeError, KeyError):
-            complete = False
-        if not complete:
-            if step > 0:
-                raise InputError(f"{path}: does not have the steps 0 to {step}; start a new run")
-            lines = []  # the run stopped in its first evaluation
-        self.lines = [{k: math.nan if v is None else v for k, v in line.items()} for line in lines]
+        lines = path.read_text().splitlines()[: step + 1] if path.exists() else []
+        complete = len(lines) > step or step == 0  # at 0 the first evaluation may not be done
+        require(complete, f"{path}: does not have the steps 0 to {step}; start a new run")
+        for line in map(json.loads, lines):
+            self.lines.append({k: math.nan if v is None else v for k, v in line.items()})
         self._write_log()
         self.bar.initial = self.bar.n = self._work(step)
         say(f"continuing after step {step}")
 
     def evaluated(self, step, drawn):
-        """Log an evaluation and keep the latents of at most 8 of its images. drawn: those of
+        """Log an evaluation and draw at most 8 of its images. drawn: the Candidates of
         train.evaluate. The gain since step 0 is compared prompt by prompt, each drawn from the same
         noise as then."""
         n = len(self.run.held_out.prompts)
         scores = {k: v.reshape(n, -1).mean(dim=1).tolist() for k, v in drawn.scores.items()}
-        if not self.lines:
-            names = ("torch", "diffusers", "transformers", "peft")
-            config = dict(config=self.options, backend=self.run.backends, layers=self.run.layers)
-            config |= dict(versions={name: version(name) for name in names}, commit=commit())
-            self._write_text("config.json", json.dumps(config, indent=1))
         rewards = scores["weighted_sum"]
         mean, error = mean_and_error(rewards)
         entries = {f"eval/{name}": statistics.mean(values) for name, values in scores.items()}
@@ -253,18 +224,23 @@ class Report:
         text = f"step {step:4d}  held-out reward {mean:.4f} +- {error:.4f}"
         if self.evaluations:
             before = self.evaluations[0]["eval/rewards"]
-            if len(before) != len(rewards):
-                raise InputError("--resume: the held-out prompts are not those the run began with")
+            problem = "--resume: the held-out prompts are not those the run began with"
+            require(len(before) == len(rewards), problem)
             gain, error = mean_and_error([new - old for old, new in zip(before, rewards)])
             entries |= {"eval/gain": gain, "eval/gain_standard_error": error}
             text += f"  gain {gain:+.4f} +- {error:.4f}"
+        else:
+            names = ("torch", "diffusers", "transformers", "peft")
+            config = dict(config=self.options, backend=self.run.backends, layers=self.run.layers)
+            config |= dict(versions={name: version(name) for name in names}, commit=commit())
+            self._write("config.json", Path.write_text, json.dumps(config, indent=1))
         if "accuracy" in scores:
             text += f"  pictures that match their prompt {entries['eval/accuracy']:.0%}"
         images = len(drawn.seeds) // n  # of each prompt; the first one is shown
         shown = drawn.take([prompt * images for prompt in self.shown])
-        tensors = {f"scores.{name}": values for name, values in shown.scores.items()}
-        tensors["latents"] = shown.latents.cpu()
-        self._write(self._held_out_file(step), lambda path: save_file(tensors, path))
+        prompts = [self.run.held_out.prompts[i] for i in self.shown]
+        label = f"after {step} steps" if step else "before training"
+        self._draw(HELD_OUT.format(step), "", prompts, [(label, shown)])
         self._log(step, entries, also={"eval/rewards": rewards})
         say(text)
 
@@ -283,87 +259,42 @@ class Report:
         if step % self.options["eval_every"] == 0 or step == self.options["steps"]:
             self.picture(step, kept)
 
-    def _log(self, step, entries, also={}):
-        """Add entries and the seconds since the last call to the step's line; returns these."""
-        seconds = self.run.clock.take()
-        entries = entries | {f"time/{stage}": value for stage, value in seconds.items()}
-        self.track(step, entries)
-        if not self.lines or self.lines[-1]["step"] < step:
-            self.lines.append({"step": step})
-        self.lines[-1] |= entries | also
-        self.seconds.update(seconds)
-        self._write_log()
-        return seconds
-
-    def _write_log(self):
-        clean = [{k: None if v != v else v for k, v in line.items()} for line in self.lines]
-        self._write_text("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in clean))
-
-    def _pictures(self, title, columns, rows):
-        """A figure of pictures. columns: a title for each, or ""; rows: [(label, latents, a list of
-        (text, colour) for each picture)]."""
-        size = (1.3 * len(columns) + 0.4, 1.65 * len(rows) + 0.6)
-        figure = Figure(figsize=size, layout="constrained")
-        axes = figure.subplots(len(rows), len(columns), squeeze=False)
-        for axis, column in zip(axes[0], columns):
-            axis.set_title(fitted(column, 20), fontsize=8, parse_math=False)
-        for row, (label, latents, captions) in zip(axes, rows):
-            row[0].set_ylabel(label)
-            images = self.run.model.decode(latents.to(self.options["device"]))
-            for axis, image, (text, colour) in zip(row, images, captions):
-                axis.imshow(image.permute(1, 2, 0).cpu().numpy())
-                axis.set(xticks=[], yticks=[])
-                axis.spines[:].set(color=colour, linewidth=2)
-                axis.set_xlabel(text, color=colour, fontweight="bold")
-        figure.suptitle(fitted(title, 16 * len(columns), 2), fontsize=10, parse_math=False)
-        return figure
-
-    @fonts()
     def picture(self, step, kept):
         """images/step_NNNN.png: candidates of a prompt that are trained on, a row for each stage,
         a column for each seed, from the four best of the first stage to its four worst."""
-        if distributed.RANK > 0:
-            return
         first, last = kept[0], kept[-1]
         order = first.rewards_of(last.seeds).argsort(descending=True, stable=True)
         seeds = [last.seeds[i] for i in order]
         seeds, rows = seeds[:4] + seeds[4:][-4:], []
         for stage, candidates in zip(self.run.stages, kept):
-            captions = [(f"{reward:.3f}", "black") for reward in candidates.rewards_of(seeds)]
-            shown = [candidates.seeds.index(seed) for seed in seeds]
+            shown = candidates.take([candidates.seeds.index(seed) for seed in seeds])
             precision = stage.precision.replace("bf16", self.run.model.computes_in)
-            rows.append((f"{stage.name}, {precision}", candidates.latents[shown], captions))
+            rows.append((f"{stage.name}, {precision}", shown))
         title = f"step {step}, kept candidates: {self.run.train.prompts[first.indices[0]]}"
-        figure = self._pictures(title, [""] * len(seeds), rows)
-        self._write(f"images/step_{step:04d}.png", lambda path: figure.savefig(path, dpi=120))
+        self._draw(f"images/step_{step:04d}.png", title, [""] * len(seeds), rows)
 
-    def _held_out_file(self, step):
-        return f"images/held_out_{step:04d}.safetensors"
-
-    def _held_out(self):
-        """before_after.png and progress.webp: a column for each of some held-out prompts, with the
-        reward and, for the tiny models, whether the picture matches; a row or a frame for each
-        evaluation."""
-        rows, prompts = [], [self.run.held_out.prompts[i] for i in self.shown]
-        for step in [line["step"] for line in self.evaluations]:
-            tensors = load_file(self.folder / self._held_out_file(step))
-            rewards = tensors["scores.weighted_sum"]
-            captions = [(f"{reward:.3f}", "black") for reward in rewards]
-            for i, matches in enumerate(tensors.get("scores.accuracy", [])):
-                mark, colour = ("✓", "green") if matches else ("✗", "red")
-                captions[i] = (f"{rewards[i]:.3f}  {mark}", colour)
-            label = f"after {step} steps" if step else "before training"
-            rows.append((label, tensors["latents"], captions))
-        figure = self._pictures("", prompts, [rows[0], rows[-1]] if rows[1:] else rows)
-        self._write("before_after.png", lambda path: figure.savefig(path, dpi=120))
-        frames = []
-        for label, *row in rows:
-            file = io.BytesIO()
-            self._pictures(label, prompts, [("", *row)]).savefig(file, dpi=84)  # 8: 907 pixels wide
-            frames.append(Image.open(file))
-        options = dict(append_images=frames[1:], loop=0, save_all=True)
-        options["duration"] = [800] * (len(frames) - 1) + [3000]  # milliseconds
-        self._write("progress.webp", lambda path: frames[0].save(path, **options))
+    def _draw(self, name, title, columns, rows):
+        """Write rows of pictures with their rewards. columns: a title for each, or ""; rows:
+        [(label, Candidates)]."""
+        size = (1.3 * len(columns) + 0.4, 1.65 * len(rows) + 0.6)
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots(len(rows), len(columns), squeeze=False)
+        for axis, column in zip(axes[0], columns):
+            axis.set_title(fitted(column, 20), fontsize=8, **USERS_TEXT)
+        for row, (label, drawn) in zip(axes, rows):
+            row[0].set_ylabel(label)
+            images = self.run.model.decode(drawn.latents.to(self.options["device"]))
+            for i, axis in enumerate(row):
+                text, colour = f"{drawn.rewards[i]:.3f}", "black"
+                if "accuracy" in drawn.scores:
+                    mark, colour = ("✓", "green") if drawn.scores["accuracy"][i] else ("✗", "red")
+                    text += f"  {mark}"
+                axis.imshow(images[i].permute(1, 2, 0).cpu().numpy())
+                axis.set(xticks=[], yticks=[])
+                axis.spines[:].set(color=colour, linewidth=2)
+                axis.set_xlabel(text, color=colour, fontweight="bold")
+        figure.suptitle(fitted(title, 16 * len(columns), 2), fontsize=10, **USERS_TEXT)
+        self._write(name, figure.savefig, dpi=120)
 
     def _curve(self):
         """curve.png, on held-out prompts: the gain in reward; below it the accuracy of a tiny
@@ -371,49 +302,38 @@ class Report:
         rises and they fall, the reward is being hacked."""
         steps = [line["step"] for line in self.evaluations]
         trained = [name for name, *_ in self.run.reward.parts]
-        names = [name for name, *_ in self.run.eval_reward.parts]
-        accurate = "eval/accuracy" in self.evaluations[0]
-        names = [name for name in names if name not in ("accuracy", "clear")]
-        if len(trained) == 1:
-            names.remove(trained[0])
-        panels = 1 + accurate + len(names)
-        figure = Figure(figsize=(6, 2 + 2 * panels), layout="constrained")
-        top, *others = figure.subplots(panels, sharex=True, squeeze=False)[:, 0]
+        names = [name for name, *_ in self.run.eval_reward.parts if [name] != trained]
+        figure = Figure(figsize=(6, 4 + 2 * len(names)), layout="constrained")
+        top, *others = figure.subplots(1 + len(names), sharex=True, squeeze=False)[:, 0]
 
-        def values(name, start=None):
-            return [line.get(name, start) for line in self.evaluations]
+        def values(name):
+            return [line.get(name, 0.0) for line in self.evaluations]  # step 0 has no gain
 
-        errors = values("eval/gain_standard_error", 0.0)
-        style = dict(color=COLOURS.get(self.options["algorithm"]), marker="o")
-        top.errorbar(steps, values("eval/gain", 0.0), yerr=errors, capsize=3, **style)
+        style = dict(color=COLOURS.get(self.options["algorithm"]), marker="o", capsize=3)
+        top.errorbar(steps, values("eval/gain"), values("eval/gain_standard_error"), **style)
         top.axhline(0, color="grey", linewidth=0.8)
         n = len(self.evaluations[0]["eval/rewards"])
         title = f"{' + '.join(trained)}: mean and standard error over {n} prompts"
-        top.set_title(fitted(title, 62), parse_math=False)
+        top.set_title(fitted(title, 62), **USERS_TEXT)
         top.set_ylabel("gain in held-out reward")
-        if accurate:
-            axis = others.pop(0)
-            axis.plot(steps, values("eval/accuracy"), label="match their prompt", **style)
-            axis.plot(steps, values("eval/clear"), marker="o", color="lightgrey", label="clear")
-            axis.set(ylabel="share of pictures", ylim=(-0.03, 1.03))
-            axis.legend()
+        shares = {"accuracy": "pictures that\nmatch their prompt", "clear": "clear pictures"}
         for axis, name in zip(others, names):
             kind = "part of the reward" if name in trained else "not trained on"
             axis.plot(steps, values(f"eval/{name}"), marker="o")
-            axis.set_ylabel(f"{name}\n({kind})", parse_math=False)
-        bottom = figure.axes[-1]
-        bottom.set_xlabel("optimizer steps")
-        bottom.xaxis.get_major_locator().set_params(integer=True)
-        self._write("curve.png", lambda path: figure.savefig(path, dpi=120))
+            axis.set_ylabel(shares.get(name, f"{name}\n({kind})"), **USERS_TEXT)
+            if name in shares:
+                axis.set_ylim(-0.03, 1.03)
+        axis = figure.axes[-1]
+        axis.set_xlabel("optimizer steps")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        self._write("curve.png", figure.savefig, dpi=120)
 
-    @fonts()
     def finish(self):
         """Write the LoRA, its card and the pictures of a run that is done or was stopped, and say
         how it ended."""
         if distributed.RANK > 0:
             return
         self.bar.close()
-        models.save_lora(self.run.model, "ema", self.folder / "lora")
         first, last = self.evaluations[0], self.evaluations[-1]
         text = "{eval/reward:.4f} +- {eval/standard_error:.4f}"
         result = f"{text.format_map(first)} before"
@@ -421,13 +341,20 @@ class Report:
             gain, error = last["eval/gain"], last["eval/gain_standard_error"]
             result += f", {text.format_map(last)} after {last['step']} steps"
             result += f"; gain {gain:+.4f} +- {error:.4f}"
-            if len(first["eval/rewards"]) < FEW_PROMPTS:
+            if len(first["eval/rewards"]) < 8:
                 result += ", from too few held-out prompts to rely on the error"
             elif error > 0:
                 result += f", {gain / error:.1f} standard errors"
+        models.save_lora(self.run.model, "ema", self.folder / "lora")
         self._card(result)
         self._curve()
-        self._held_out()
+        steps = [line["step"] for line in self.evaluations]
+        frames = [Image.open(self.folder / HELD_OUT.format(step)) for step in steps]
+        ends = Image.fromarray(np.vstack(frames[:1] + frames[1:][-1:]))
+        self._write("before_after.png", ends.save)
+        film = dict(append_images=frames[1:], loop=0, save_all=True)
+        film["duration"] = [800] * (len(frames) - 1) + [3000]  # milliseconds
+        self._write("progress.webp", frames[0].save, **film)
         say(f"\nheld-out reward: {result}")
         say("(the error covers prompts only; another --seed may differ more)")
         if "eval/accuracy" in first:
@@ -448,24 +375,21 @@ class Report:
         base = model.published if published else options["pretrained"]
         on_hub = f"base_model: {base}\n" if base and not Path(base).exists() else ""
         base = base or (PROJECT / "support" / "tiny" / options["model"]).as_posix()
+        variant = f', variant="{model.variant}"' if published and model.variant else ""
+        lora = (self.folder / "lora").resolve().as_posix()
+        reward = ",".join(f"{name}:{weight:g}" for name, weight, _ in self.run.reward.parts)
         scheduler = model.scheduler(options["rollout_steps"])
         solver, pipeline = type(scheduler).__name__, model.pipeline.__name__
-        parameters = inspect.signature(type(scheduler)).parameters
+        usual = type(scheduler)().config
         settings = ", ".join(
             f"{name}={value!r}"
             for name, value in scheduler.config.items()
-            if name in parameters and value != parameters[name].default
+            if name[0] != "_" and value != usual.get(name, value)
         )
-        lora = (self.folder / "lora").resolve().as_posix()
-        reward = ",".join(f"{name}:{weight:g}" for name, weight, _ in self.run.reward.parts)
-        variant = f', variant="{model.variant}"' if published and model.variant else ""
-        call = dict(guidance_scale=1.0, num_inference_steps=options["eval_steps"])
-        call |= dict(height=options["resolution"], width=options["resolution"])
-        call |= model.call(options["eval_steps"])
-        arguments = "".join(f"    {name}={value},\n" for name, value in call.items())
-        self._write_text(
-            "lora/README.md",
-            f"""---
+        steps, side = options["eval_steps"], options["resolution"]
+        call = dict(height=side, width=side, guidance_scale=1.0, num_inference_steps=steps)
+        call = "".join(f"    {k}={v},\n" for k, v in (call | model.call(steps)).items())
+        card = f"""---
 library_name: diffusers
 pipeline_tag: text-to-image
 {on_hub}tags: [lora, sol-rl, diffusion-nft]
@@ -473,8 +397,7 @@ pipeline_tag: text-to-image
 # A LoRA for {base}
 
 Trained for {self.lines[-1]["step"]} steps on the reward `{reward}` by Sol-RL (arXiv 2604.06916),
-`--algorithm {options["algorithm"]}`. These are the weights of the EMA policy. They were trained
-without guidance, on images drawn by {solver} in {options["rollout_steps"]} steps.
+`--algorithm {options["algorithm"]}`, without guidance. These are the weights of the EMA policy.
 
 Held-out reward: {result}.
 
@@ -488,17 +411,33 @@ pipe.load_lora_weights({lora!r})  # the folder of this file
 image = pipe(
     "a prompt",
     generator=torch.Generator().manual_seed(0),
-{arguments}).images[0]
+{call}).images[0]
 ```
-""",
-        )
+"""
+        self._write("lora/README.md", Path.write_bytes, card.encode())
 
-    def _write(self, name, write):
-        """Write a file of the folder; write: a function of the path that does it."""
+    def _log(self, step, entries, also={}):
+        """Add entries and the seconds since the last call to the step's line; returns these."""
+        seconds = self.run.clock.take()
+        entries = entries | {f"time/{stage}": value for stage, value in seconds.items()}
+        self.track(entries, step)
+        if not self.lines or self.lines[-1]["step"] < step:
+            self.lines.append({"step": step})
+        self.lines[-1] |= entries | also
+        self.seconds.update(seconds)
+        self._write_log()
+        return seconds
+
+    def _write_log(self):
+        clean = [{k: None if v != v else v for k, v in line.items()} for line in self.lines]
+        text = "".join(json.dumps(line) + "\n" for line in clean)
+        self._write("metrics.jsonl", Path.write_text, text)
+
+    def _write(self, name, write, *values, **options):
+        """Write a file of the folder by a function of its path and these values and options."""
         if distributed.RANK == 0:
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
-            with written_whole(self.folder / name) as path:
-                write(path)
-
-    def _write_text(self, name, text):
-        self._write(name, lambda path: path.write_text(text, encoding="utf-8"))
+            with written_whole(self.folder / name) as path, warnings.catch_warnings():
+                # In a figure, a character that no font has becomes a box.
+                warnings.filterwarnings("ignore", message="Glyph .* missing from")
+                write(path, *values, **options)

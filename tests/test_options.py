@@ -17,7 +17,6 @@ REWARD = """
 def raises(i, p, m): raise ValueError("no")
 open("EXECUTED", "a").close()
 """
-PUBLISHED = "--prompts GOOD.txt --prompts_per_step 1 --pretrained"
 
 
 def parse(*argv):
@@ -61,42 +60,31 @@ def test_what_is_given_wins_constants_are_no_options_and_help_names_every_option
     "line, says",
     [
         ("--pol 3", "--pol"),
-        ("--pool", "--pool: expected one argument"),
         ("--pool many", "--pool: invalid int value: 'many'"),
-        ("--learning_rate 0", "--learning_rate 0.0: must be at least 1e-30"),
         ("--micro_batch 0", "--micro_batch 0: must be at least 1"),
         ("--model dalle", "--model: invalid choice: 'dalle'"),
-        ("--algorithm ppo", "--algorithm: invalid choice: 'ppo'"),
-        ("--select all", "--select: invalid choice: 'all'"),
-        ("--precision fp3", "--precision: invalid choice: 'fp3'"),
         ("--report_to wandb", "--report_to wandb: not installed; pip install wandb"),
         ("--keep 7", "--keep 7: must be even"),
         ("--keep 24 --pool 23", "--keep 24: must be at most --pool 23"),
         ("--resolution 36", "multiple of 8"),
         ("--model sd3 --resolution 96", "positions up to 64"),
         ("--device cuda:77", "--device cuda:77: not on this machine; try --device cpu"),
-        ("--prompts missing.txt", "--prompts HERE/missing.txt"),
+        ("--prompts missing.txt", "--prompts missing.txt"),
         ("--prompts GOOD.txt", "--prompts_per_step 2: there are 1 training prompts"),
+        ("--pretrained a/b/c --prompts_per_step 1 --prompts GOOD.txt", "a/b/c: neither a folder"),
         ("--pretrained", "--pretrained: needs --prompts FILE"),
-        (f"{PUBLISHED} a/b/c", "a/b/c: neither a folder nor such a model on the hub"),
-        (f"{PUBLISHED} TAKEN", "model_index.json"),
         ("--lora nowhere", "--lora nowhere: cannot be loaded"),
-        ("--lora TAKEN", "--lora HERE/TAKEN: cannot be loaded"),
         ("--reward nothing", "--reward 'nothing'"),
-        ("--reward pickscore", "--reward pickscore"),
         ("--reward REWARD.py:raises", "raised ValueError: no"),
         ("--eval_rewards nothing", "--eval_rewards 'nothing'"),
         ("--output_dir TAKEN", "--output_dir TAKEN: is taken; choose another, or --resume TAKEN"),
         ("--resume nowhere", "--resume nowhere: there is no checkpoint"),
         ("--resume latest", "--resume latest: no run"),
         ("--resume RUN --pool 96", "pool was 48 and is 96; start a new run for that"),
-        ("--resume RUN --prompts other.txt", "prompts was '' and is 'HERE/other.txt'"),
+        ("--resume RUN --prompts other.txt", "prompts was '' and is 'other.txt'"),
         ("--resume RUN --steps 1", "--steps 1: the run has done 2"),
         ("--resume RUN", "other layers"),
-        (
-            "--resume FILE_RUN",
-            "executes a file; if you trust it, add --reward HERE/REWARD.py:raises",
-        ),
+        ("--resume FILE_RUN", "if you trust it, add --reward HERE/REWARD.py:raises"),
         ("--resume OLD_RUN", "another version"),
     ],
 )
@@ -170,17 +158,18 @@ def test_a_run_is_resumed_from_any_folder_however_its_files_are_written(
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "sub").mkdir()
+    (tmp_path / "p.txt").touch()
     files = ["--eval_rewards", "mine.py:blue", "--prompts", "p.txt", "--pretrained", "sub"]
     stored("run/", "--reward", "clipscore:0.5,mine.py:red", *files)
-    named = ["--reward", reward.replace("HERE", str(tmp_path)), "--eval_rewards", "./mine.py:blue"]
-    parse("--resume", "run", *named, "--prompts", prompts.replace("HERE", str(tmp_path)))
+    reward, prompts = (text.replace("HERE", str(tmp_path)) for text in (reward, prompts))
+    named = ["--reward", reward, "--eval_rewards"]
+    parse("--resume", "run", *named, "./mine.py:blue", "--prompts", prompts)
     monkeypatch.chdir("sub")
-    named[3] = "../mine.py:blue"
-    if "HERE" in reward:
+    named += ["../mine.py:blue"]
+    if str(tmp_path) in reward:
         again = parse("--resume", "../run/", *named)
-        assert again.prompts == str(tmp_path / "p.txt") and again.pretrained == str(
-            tmp_path / "sub"
-        )
+        files = str(tmp_path / "p.txt"), str(tmp_path / "sub")
+        assert (again.prompts, again.pretrained) == files
     else:  # here it is another file
         with pytest.raises(InputError, match="reward was"):
             parse("--resume", "../run/", *named)

@@ -7,6 +7,7 @@ import sys
 import types
 import warnings
 from pathlib import Path
+from unittest.mock import Mock, call
 
 import pytest
 import torch
@@ -36,10 +37,16 @@ def candidates(seeds, rewards, prompts=None, **scores):
 
 
 KEPT = [candidates([1, 2], [0.25, 0.5])] * 2
-# Two images of each of two held-out prompts, before and after training.
-REWARDS = [0.5, 1.5, 2.0, 4.0], [2.5, 1.5, 4.0, 8.0]
-BLUE = [0.0, 0.0, 1.0, 1.0], [0.0] * 4
-ACCURACY = [0.0, 0.0, 1.0, 0.0], [1.0, 1.0, 0.0, 1.0]
+SCORES = {  # two images of each of two held-out prompts, before and after training
+    "weighted_sum": ([0.5, 1.5, 2.0, 4.0], [2.5, 1.5, 4.0, 8.0]),
+    "clipscore": ([0.5, 1.5, 2.0, 4.0], [2.5, 1.5, 4.0, 8.0]),
+    "mine.py:red": ([0.0] * 4, [0.0] * 4),
+    "mine.py:blue": ([0.0, 0.0, 1.0, 1.0], [0.0] * 4),
+    "accuracy": ([0.0, 0.0, 1.0, 0.0], [1.0, 1.0, 0.0, 1.0]),
+    "clear": ([1.0, 1.0, 1.0, 0.0], [1.0] * 4),
+}
+PARTS = [("clipscore", 2, None), ("mine.py:red", 1, None)]
+MEASURED = [(name, 0, None) for name in ("mine.py:blue", "accuracy", "clear")]
 
 
 def report(folder, **options):
@@ -48,7 +55,6 @@ def report(folder, **options):
     settings |= dict(prompts_per_step=1, pool=4, keep=2, explore_steps=3, rollout_steps=5)
     c = train.Config(**settings, eval_steps=28, output_dir=str(folder), device="cpu", **options)
     c.checkpoint = types.SimpleNamespace(step=1)  # of a run that is resumed
-    rewards = [("clipscore", 2, None), ("mine.py:red", 1, None), ("mine.py:blue", 0, None)]
     drawing = types.SimpleNamespace(
         pipeline=FluxPipeline,
         published="black-forest-labs/FLUX.1-dev",
@@ -66,8 +72,8 @@ def report(folder, **options):
         train=types.SimpleNamespace(prompts=["a $5 cat"]),
         held_out=types.SimpleNamespace(prompts=["a ring", "a $5 cat"]),
         clock=types.SimpleNamespace(take=SECONDS.copy),
-        reward=types.SimpleNamespace(parts=rewards[:2]),
-        eval_reward=types.SimpleNamespace(parts=rewards),
+        reward=types.SimpleNamespace(parts=PARTS),
+        eval_reward=types.SimpleNamespace(parts=PARTS + MEASURED),
         backends=["explored in simulated nvfp4"],
         layers=[["to_q", 8, 16, "nvfp4"]],
         notes=["a note"],
@@ -75,28 +81,19 @@ def report(folder, **options):
     return Report(run, dataclasses.asdict(c), num_times=2)
 
 
-def evaluated(run, step, judged=False):
-    after = step > 0
-    measured = {"mine.py:blue": BLUE[after], "clipscore": REWARDS[after]}
-    measured["mine.py:red"] = [0.0] * 4
-    if judged:
-        measured |= {"accuracy": ACCURACY[after], "clear": [1.0, 1.0, 1.0, float(after)]}
-    run.evaluated(step, candidates([1, 2, 3, 4], REWARDS[after], [0, 0, 1, 1], **measured))
+def evaluated(run, step):
+    scores = {name: values[step > 0] for name, values in SCORES.items()}
+    run.evaluated(
+        step, candidates([1, 2, 3, 4], scores.pop("weighted_sum"), [0, 0, 1, 1], **scores)
+    )
 
 
-def two_steps(run, judged=False):
+def two_steps(run):
     """Steps 1 and 2, with evaluations before and after them."""
-    evaluated(run, 0, judged)
+    evaluated(run, 0)
     run.step(1, METRICS, KEPT)
     run.step(2, METRICS, KEPT)
-    evaluated(run, 2, judged)
-
-
-def test_a_mean_and_its_error_by_hand():
-    # Deviations -1 and 1: the standard deviation is sqrt(2), the error sqrt(2) / sqrt(2).
-    assert mean_and_error([1.0, 3.0]) == (2.0, pytest.approx(1.0))
-    mean, error = mean_and_error([4.0])
-    assert mean == 4 and math.isnan(error)
+    evaluated(run, 2)
 
 
 def test_each_step_is_a_line_and_an_evaluation_joins_the_line_of_its_step(tmp_path, capsys):
@@ -106,9 +103,11 @@ def test_each_step_is_a_line_and_an_evaluation_joins_the_line_of_its_step(tmp_pa
         assert [run.is_evaluated(step) for step in range(4)] == [True, False, True, False]
     first, second, third = lines(tmp_path)
     seconds = {f"time/{stage}": value for stage, value in SECONDS.items()}
-    evaluation = {"eval/reward": 2, "eval/weighted_sum": 2, "eval/mine.py:blue": 0.5}
-    evaluation |= {"eval/clipscore": 2, "eval/mine.py:red": 0}
-    evaluation |= {"eval/standard_error": pytest.approx(1.0), "eval/rewards": [1, 3]}
+    evaluation = {"eval/reward": 2, "eval/weighted_sum": 2, "eval/clipscore": 2}
+    evaluation |= {"eval/mine.py:red": 0, "eval/mine.py:blue": 0.5, "eval/accuracy": 0.25}
+    # Deviations -1 and 1: the standard deviation is sqrt(2), the error sqrt(2) / sqrt(2).
+    evaluation |= {"eval/clear": 0.75, "eval/rewards": [1, 3]}
+    evaluation["eval/standard_error"] = pytest.approx(1.0)
     assert first == {"step": 0} | evaluation | seconds
     # JSON has no NaN.
     assert second == {"step": 1} | METRICS | seconds | {"fidelity/kept_kendall_tau": None}
@@ -116,7 +115,7 @@ def test_each_step_is_a_line_and_an_evaluation_joins_the_line_of_its_step(tmp_pa
     assert third["eval/gain"] == 2 and third["eval/gain_standard_error"] == pytest.approx(1.0)
     assert third["eval/standard_error"] == pytest.approx(2.0) and third["loss"] == 1
     assert capsys.readouterr().out.splitlines()[::2] == [
-        "step    0  held-out reward 2.0000 +- 1.0000",
+        "step    0  held-out reward 2.0000 +- 1.0000  pictures that match their prompt 25%",
         "step    2  reward 0.5000 (0.250 to 0.750)  tau of the kept nan  loss 1.000  kl 1.0e-05  "
         "grad 0.12  explore 1.0s  train 4.0s",
     ]
@@ -143,11 +142,11 @@ def test_a_resumed_log_goes_on_as_that_of_the_unstopped_run(step, tmp_path):
     assert log.read_text() == whole.read_text()
 
 
-@pytest.mark.parametrize("text", ["", "[]\n", '{"step": 0}\n{"step": 2}\n', '{"step": 0}\n{"st\n'])
+@pytest.mark.parametrize("text", ["", '{"step": 0}\n'])
 def test_a_log_without_the_steps_before_is_refused(text, tmp_path):
     (tmp_path / "metrics.jsonl").write_text(text)
     with report(tmp_path) as run:
-        with pytest.raises(InputError, match="does not have the steps 0 to 1; start a new run"):
+        with pytest.raises(InputError, match="start a new run"):
             run.resume(1)
         assert (tmp_path / "metrics.jsonl").read_text() == text
         run.resume(0)  # a run may have stopped before its first evaluation was logged
@@ -155,13 +154,12 @@ def test_a_log_without_the_steps_before_is_refused(text, tmp_path):
 
 @pytest.fixture
 def figures(monkeypatch):
-    """{name of a file: the Figure that was written there}; frames of a film have numbers."""
+    """{name of a file: the Figure that was written there}."""
     found, savefig = {}, Figure.savefig
 
-    def recorded(figure, file, **how):
-        name = file.name.removeprefix("unfinished.") if isinstance(file, Path) else len(found)
-        found[name] = figure
-        savefig(figure, file, **how)
+    def recorded(figure, path, **how):
+        found[path.name.removeprefix("unfinished.")] = figure
+        savefig(figure, path, **how)
 
     monkeypatch.setattr(Figure, "savefig", recorded)
     monkeypatch.setattr(models, "save_lora", lambda model, adapter, folder: folder.mkdir())
@@ -177,11 +175,10 @@ def shown(figure):
     ]
 
 
-@pytest.mark.parametrize("judged", [False, True])
-def test_what_a_finished_run_leaves_and_says(judged, tmp_path, capsys, figures):
+def test_what_a_finished_run_leaves_and_says(tmp_path, capsys, figures):
     with report(tmp_path) as run:
         assert not any(tmp_path.iterdir())  # nothing before the first evaluation
-        two_steps(run, judged)
+        two_steps(run)
         run.finish()
     said = capsys.readouterr().out
     assert said.startswith("model=flux  algorithm=sol_rl  reward=clipscore:2,mine.py:red")
@@ -197,32 +194,25 @@ def test_what_a_finished_run_leaves_and_says(judged, tmp_path, capsys, figures):
     assert config["versions"].keys() == {"torch", "diffusers", "transformers", "peft"}
     assert config["commit"] == commit()
 
-    gain, *shares, _, _, measured = figures["curve.png"].axes
+    gain, part, _, measured, *shares = figures["curve.png"].axes
     assert gain.get_ylabel() == "gain in held-out reward"
     line, _, (bars,) = gain.containers[0]
     assert line.get_xydata().tolist() == [[0, 0], [2, 2]]
     lengths = [float(ends[1, 1] - ends[0, 1]) for ends in bars.get_segments()]
     assert lengths == [0, pytest.approx(2.0)]  # the gain's error is 1
+    assert part.get_ylabel() == "clipscore\n(part of the reward)"
+    assert part.lines[0].get_ydata().tolist() == [2, 4]
     assert measured.get_ylabel() == "mine.py:blue\n(not trained on)"
     assert measured.lines[0].get_ydata().tolist() == [0.5, 0]
-    if judged:
-        assert [line.get_ydata().tolist() for line in shares[0].lines] == [[0.25, 0.75], [0.75, 1]]
-        assert "gain +2.0000 +- 1.0000  pictures that match their prompt 75%" in said
-        assert "pictures that match their prompt: 25% before, 75% after (clear: 75%, 100%)" in said
-    marks = ["  ✗", "  ✓", "  ✓", "  ✗"] if judged else [""] * 4
-    assert len(shares) == judged and shown(figures["before_after.png"]) == [
-        (1, "a ring", "before training", "0.500" + marks[0]),
-        (3, "a $5 cat", "", "2.000" + marks[1]),
-        (1, "", "after 2 steps", "2.500" + marks[2]),
-        (3, "", "", "4.000" + marks[3]),
+    assert [share.lines[0].get_ydata().tolist() for share in shares] == [[0.25, 0.75], [0.75, 1]]
+    assert "pictures that match their prompt: 25% before, 75% after (clear: 75%, 100%)" in said
+    assert shown(figures["held_out_0000.png"]) == [
+        (1, "a ring", "before training", "0.500  ✗"),
+        (3, "a $5 cat", "", "2.000  ✓"),
     ]
-    film = Image.open(tmp_path / "progress.webp")
-    frames = [figure for name, figure in figures.items() if isinstance(name, int)]
-    assert film.n_frames == 2 and film.size == tuple(map(int, frames[0].get_size_inches() * 84))
-    for row, (frame, title) in enumerate(zip(frames, ("before training", "after 2 steps"))):
-        assert frame.get_suptitle() == title and [text for *_, text in shown(frame)] == [
-            text for *_, text in shown(figures["before_after.png"])[2 * row : 2 * row + 2]
-        ]
+    assert shown(figures["held_out_0002.png"])[0] == (1, "a ring", "after 2 steps", "2.500  ✓")
+    film, ends = (Image.open(tmp_path / name) for name in ("progress.webp", "before_after.png"))
+    assert film.n_frames == 2 and ends.size == (film.width, 2 * film.height)
 
 
 def test_a_run_that_is_stopped_before_its_second_evaluation_leaves_all_files(tmp_path, figures):
@@ -230,11 +220,10 @@ def test_a_run_that_is_stopped_before_its_second_evaluation_leaves_all_files(tmp
         evaluated(run, 0)
         run.step(1, METRICS, KEPT)
         run.finish()
-    assert [label for _, _, label, _ in shown(figures["before_after.png"])][0] == "before training"
-    assert len(figures["before_after.png"].axes) == 2
-    card = ModelCard.load(tmp_path / "lora" / "README.md").text
+    card = (tmp_path / "lora" / "README.md").read_text()
     assert "Trained for 1 steps" in card and "Held-out reward: 2.0000 +- 1.0000 before.\n" in card
-    assert Image.open(tmp_path / "progress.webp").n_frames == 1
+    film, ends = (Image.open(tmp_path / name) for name in ("progress.webp", "before_after.png"))
+    assert film.n_frames == 1 and ends.size == film.size
 
 
 def test_with_enough_held_out_prompts_the_gain_is_said_in_standard_errors(
@@ -242,32 +231,16 @@ def test_with_enough_held_out_prompts_the_gain_is_said_in_standard_errors(
 ):
     with report(tmp_path) as run:
         run.run.held_out.prompts = ["a ring"] * 8
+        run.run.reward.parts = run.run.eval_reward.parts = [("clipscore", 1, None)]
         for step, rewards in ((0, [0.0] * 8), (2, [1.0, 3.0] * 4)):
-            run.evaluated(
-                step,
-                candidates(
-                    [1] * 8,
-                    rewards,
-                    list(range(8)),
-                    **{"mine.py:blue": rewards, "mine.py:red": rewards, "clipscore": rewards},
-                ),
-            )
+            run.evaluated(step, candidates([1] * 8, rewards, [*range(8)], clipscore=rewards))
         run.finish()
     # The deviations from 2 are all 1: the variance is 8 / 7, the error is sqrt(8 / 7 / 8).
     assert f"{2 * 7**0.5:.1f} standard errors" in capsys.readouterr().out
 
 
-def test_the_curve_shows_the_parts_of_a_weighted_sum_and_what_is_only_measured(tmp_path, figures):
-    with report(tmp_path) as run:
-        two_steps(run)
-        run.finish()
-    _, *panels = figures["curve.png"].axes
-    assert [panel.get_ylabel().replace("\n", " ") for panel in panels] == [
-        "clipscore (part of the reward)",
-        "mine.py:red (part of the reward)",
-        "mine.py:blue (not trained on)",
-    ]
-    assert panels[0].lines[0].get_ydata().tolist() == [2, 4]
+def test_one_value_has_no_standard_error():
+    assert math.isnan(mean_and_error([4.0])[1])
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")  # of the second drawing, below
@@ -323,57 +296,41 @@ def test_only_the_first_process_writes_but_all_know_what_is_evaluated(tmp_path, 
 
 
 def test_wandb_gets_the_same_numbers_and_each_folder_is_a_run_of_its_own(tmp_path, monkeypatch):
-    begun, logged = [], []
-    wandb = types.SimpleNamespace(init=lambda **settings: begun.append(settings))
-    wandb.log = lambda metrics, step: logged.append((step, metrics))
+    wandb = Mock()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     for folder in ("lr1/seed:0", "lr2/seed:0", "lr1/../lr1/seed:0"):
         with report(tmp_path / folder, report_to="wandb") as run:
-            if not logged:
-                two_steps(run)
-                assert begun[0]["config"] == run.options
-    assert [step for step, _ in logged] == [0, 1, 2, 2]
-    assert logged[1][1]["loss"] == 1 and logged[3][1]["eval/gain"] == 2
-    first, second, again = (settings["id"] for settings in begun)
-    assert first == again != second and first.isalnum() and begun[0]["name"] == "seed:0"
+            evaluated(run, 0)
+    metrics, step = wandb.init.return_value.log.call_args.args
+    assert step == 0 and metrics["eval/reward"] == 2
+    first, second, again = (made.kwargs["id"] for made in wandb.init.call_args_list)
+    assert first == again != second and first.isalnum()
+    assert wandb.init.call_args.kwargs["name"] == "seed:0"
 
 
 def test_tensorboard_purges_what_a_killed_run_logged_after_its_checkpoint(tmp_path, monkeypatch):
-    writers = []
-
-    class SummaryWriter:
-        def __init__(self, folder, purge_step):
-            self.purge_step, self.logged = purge_step, []
-            writers.append(self)
-
-        def add_scalar(self, name, value, step):
-            self.logged.append((step, name))
-
-        def flush(self):
-            pass
-
-    module = types.SimpleNamespace(SummaryWriter=SummaryWriter)
+    module = types.SimpleNamespace(SummaryWriter=Mock())
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     with report(tmp_path, report_to="tensorboard") as run:
-        assert not writers  # a writer makes the folder, which stays away until it is needed
+        assert not module.SummaryWriter.called  # a writer makes the folder
         two_steps(run)
     with report(tmp_path, report_to="tensorboard", resume=str(tmp_path)) as run:
         run.resume(1)
         run.step(2, METRICS, KEPT)
-    assert [writer.purge_step for writer in writers] == [None, 2]
-    assert (1, "loss") in writers[0].logged and {step for step, _ in writers[1].logged} == {2}
+    purged = [made.kwargs["purge_step"] for made in module.SummaryWriter.call_args_list]
+    logged = module.SummaryWriter().add_scalar.call_args_list
+    assert purged == [None, 2] and call("loss", 1.0, 1) in logged
 
 
 @pytest.mark.parametrize(
     "pretrained, base, load",
     [
         ("", None, (PROJECT / "support/tiny/flux").as_posix()),
-        ("published", "black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-dev"),
-        ("some/one", "some/one", "some/one"),
+        ("published", *["black-forest-labs/FLUX.1-dev"] * 2),
         (str(PROJECT), None, str(PROJECT)),  # a folder, of which the hub should know nothing
     ],
 )
-def test_the_model_card_tells_how_to_draw_with_the_lora(
+def test_the_model_card_names_base_model_and_lora_so_that_its_code_runs_anywhere(
     pretrained, base, load, tmp_path, monkeypatch, figures
 ):
     monkeypatch.chdir(tmp_path)
@@ -384,17 +341,6 @@ def test_the_model_card_tells_how_to_draw_with_the_lora(
     assert card.data.library_name == "diffusers" and card.data.base_model == base
     assert "Trained for 2 steps on the reward `clipscore:2,mine.py:red:1`" in card.text
     assert "Held-out reward: 2.0000 +- 1.0000 before, 4.0000" in card.text
-    code = card.text.split("```python\n")[1].split("```")[0]
-    compile(code, "card", "exec")
-    assert "from diffusers import FluxPipeline, FlowMatchEulerDiscreteScheduler" in code
-    assert f"from_pretrained({load!r}, " in code
-    assert f"load_lora_weights({(tmp_path / 'run' / 'lora').as_posix()!r})" in code
-    assert ('variant="bf16"' in code) == (pretrained == "published")
-    assert "scheduler = FlowMatchEulerDiscreteScheduler(shift=5)\n" in code  # for 5 rollout steps
-    for argument in (
-        "num_inference_steps=28",
-        "sigmas=[1.0] * 28",
-        "height=1024",
-        "manual_seed(0)",
-    ):
-        assert f"{argument},\n" in code or f"{argument}," in code
+    assert f"from_pretrained({load!r}, " in card.text and "manual_seed(0)" in card.text
+    assert f"load_lora_weights({(tmp_path / 'run' / 'lora').as_posix()!r})" in card.text
+    assert ('variant="bf16"' in card.text) == (pretrained == "published")
