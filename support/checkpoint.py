@@ -75,7 +75,7 @@ def newest(folder):
             run = json.loads((path / "run.json").read_text())
             tensors = load_file(path / "state.safetensors")
             return Checkpoint(path, run["step"], run["options"], tensors)
-        except (OSError, ValueError, SafetensorError) as error:
+        except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
             distributed.say(f"{path}: cannot be read ({one_line(error)}); trying the one before")
     raise InputError(f"--resume {folder}: there is no checkpoint in it that can be read")
 

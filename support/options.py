@@ -128,7 +128,8 @@ def check(c):
     for field in dataclasses.fields(c):
         value, least = getattr(c, field.name), SMALLEST.get(field.name, 1)
         if field.init and field.type in (int, float):
-            require(value >= least, f"--{field.name} {value}: must be at least {least}")
+            allowed = f"must be at least {least} and below 2^63"
+            require(least <= value < 2**63, f"--{field.name} {value}: {allowed}")
     require(c.keep % 2 == 0, f"--keep {c.keep}: must be even, half best and half worst")
     require(c.prompts or not c.pretrained, "--pretrained: needs --prompts FILE as well")
     P, processes = c.prompts_per_step, distributed.WORLD
