@@ -21,7 +21,8 @@ from experiments.paper import evaluations, table
 from support.errors import InputError, exit_code, one_line, require, written_whole
 from support.report import COLOURS, mean_and_error
 
-COSTS = ("updates", "thousands of network evaluations", "seconds")
+COSTS = {"updates": "updates", "evaluations": "thousands of network evaluations"}
+COSTS |= {"seconds": "seconds"}
 SCORES = ("held-out reward", "accuracy")  # the second only of the tiny models
 # These options may differ in a group.
 WITHIN = ("seed", "steps", "eval_every", "checkpoint_every", "output_dir", "resume", "report_to")
@@ -62,11 +63,12 @@ def main(argv):
     parser = argparse.ArgumentParser(prog="compare.py", description=__doc__.split(":")[0])
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a folder of train.py, or LABEL=RUN")
     parser.add_argument("--output", type=Path, default="compare.png", help="a .png, .pdf or .svg")
+    parser.add_argument("--costs", nargs="+", choices=COSTS, default=list(COSTS), help="columns")
     given = parser.parse_args(argv)
     usable = given.output.suffix in (".png", ".pdf", ".svg") and given.output.parent.is_dir()
     require(usable, f"--output {given.output}: give a .png, .pdf or .svg in an existing folder")
-    figure, rows = Figure(figsize=(11, 6.5), layout="constrained"), []
-    axes = figure.subplots(len(SCORES), len(COSTS), sharex="col", sharey="row")
+    figure, rows = Figure(figsize=(3.7 * len(given.costs), 6.5), layout="constrained"), []
+    axes = figure.subplots(len(SCORES), len(given.costs), sharex="col", sharey="row", squeeze=False)
     spare = iter([*COLOURS.values()][4:] * 99)  # the first four are colours of the algorithms
     for label, group in grouped(given.runs).items():
         steps = sorted(set.intersection(*map(set, group.values())))  # evaluated in all of its runs
@@ -74,9 +76,10 @@ def main(argv):
         numbers = [[mean_and_error(point[k]) for point in points] for k in range(5)]
         colour = COLOURS.get(label.removeprefix("algorithm ")) or next(spare)
         for (i, j), axis in np.ndenumerate(axes):
-            x, (y, error) = [mean for mean, _ in numbers[j]], zip(*numbers[3 + i])
+            cost = given.costs[j]
+            x, (y, error) = [m for m, _ in numbers[[*COSTS].index(cost)]], zip(*numbers[3 + i])
             axis.errorbar(x, y, error, label=label, color=colour, marker="o", capsize=3)
-            axis.set(xlabel=COSTS[j], ylabel=SCORES[i])
+            axis.set(xlabel=COSTS[cost], ylabel=SCORES[i])
             axis.label_outer()
         last = [f"{column[-1][0]:.0f}" for column in numbers[:3]]
         ends = ["{:.4f} ± {:.4f}".format(*column[i]) for column in numbers[3:] for i in (0, -1)]
@@ -86,7 +89,7 @@ def main(argv):
     with written_whole(given.output) as path:
         figure.savefig(path, dpi=120)
     titles = [f"{score} {when}" for score in SCORES for when in ("before", "after")]
-    print(table(["group", "runs", *COSTS, *titles], rows) + f"wrote {given.output}")
+    print(table(["group", "runs", *COSTS.values(), *titles], rows) + f"wrote {given.output}")
 
 
 if __name__ == "__main__":
