@@ -302,13 +302,14 @@ def load(name, folder=None, resolution=None, solver=None, device="cpu", dtype=No
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     options = dict(dtype=dtype or compute_dtype(device), use_safetensors=True)
+    path = Path(folder)
     # SANA's text encoder is published only as a variant, so copies of it have only that, too.
-    if folder == model_class.published or any(Path(folder).glob("*/*.bf16*.safetensors")):
+    if folder == model_class.published or any(path.glob("*/*.bf16*.safetensors")):
         options["variant"] = model_class.variant
     try:
-        index = ["model_index.json"]
-        local = Path(folder) if Path(folder).is_dir() else fetch(str(folder), index, whole=True)
-        parts = json.loads((local / index[0]).read_text())
+        if not path.is_dir():
+            path = fetch(str(folder), ["model_index.json"], whole=True)
+        parts = json.loads((path / "model_index.json").read_text())
         found, needed = parts["_class_name"], model_class.pipeline.__name__
         require(found == needed, f"it is a {found}, but --model {name} needs a {needed}")
         encoders = {}
@@ -322,9 +323,8 @@ def load(name, folder=None, resolution=None, solver=None, device="cpu", dtype=No
         pipe = model_class.pipeline.from_pretrained(folder, **encoders, **options).to(device)
     except Exception as error:  # broken files raise exceptions of any kind
         raise InputError(f"--pretrained {folder}: cannot be loaded: {one_line(error)}") from error
-    for part in pipe.components.values():
-        if isinstance(part, torch.nn.Module):
-            part.requires_grad_(False)
+    for part in (pipe.transformer, pipe.vae, *encoders.values()):
+        part.requires_grad_(False)
     return model_class(pipe, resolution or paper["resolution"], solver or paper["solver"])
 
 

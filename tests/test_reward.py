@@ -1,10 +1,10 @@
 """Rewards: what a spec means, what is refused, and that the published ones are the originals'."""
 
 import copy
+import functools
 import io
 import json
 import re
-import shutil
 import sys
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from huggingface_hub import errors
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 import reward as rewards
 from reward import build_reward
@@ -179,69 +179,52 @@ SCORES = json.loads(originals.STORED.read_text())
 PUBLISHED = tuple(SCORES["scores"])
 
 
-def weights_file(root, name):
-    """Where a reward's weights are; their folder is made."""
-    path = root / rewards.PUBLISHED[name].repository / rewards.PUBLISHED[name].file
+@functools.cache
+def weights(name):
+    """{name of a parameter: tensor} of a reward, in the original's format."""
+    shapes = SCORES["shapes"]
+    arrays = originals.weights(shapes[name], seed=list(shapes).index(name))
+    return {key: torch.tensor(array) for key, array in arrays.items()}
+
+
+def save_weights(hub, name, state):
+    """Save a state_dict as the published file of a reward has it. Returns the path."""
+    path = hub / rewards.PUBLISHED[name].repository / rewards.PUBLISHED[name].file
     path.parent.mkdir(parents=True, exist_ok=True)
-    return path
-
-
-def save(state, path):
     if path.suffix == ".safetensors":
         save_file(state, path, metadata={"format": "pt"})
     else:
-        torch.save(state, path)
-
-
-@pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory):
-    """A folder with the originals' checkpoints: a folder for each repository, published formats."""
-    root = tmp_path_factory.mktemp("hub")
-    for seed, (name, shapes) in enumerate(SCORES["shapes"].items()):
-        weights = originals.weights(shapes, seed)
-        state = {key: torch.tensor(value) for key, value in weights.items()}
-        save(
-            {"epoch": 1, "state_dict": state} if name == "hpsv2" else state,
-            weights_file(root, name),
-        )
-    vocabulary = SCORES["clip_vocabulary"]
-    repositories = rewards.CLIPScore.repository, preference.PickScore.repository, preference.CLIP_H
-    for repository, act in zip(repositories, ("quick_gelu", "gelu", "gelu")):
-        originals.clip_files(root / repository, vocabulary, SCORES["clip_merges"])
-        originals.clip_config(act, len(vocabulary)).save_pretrained(root / repository)
-    (root / preference.ImageReward.bert).mkdir(parents=True)
-    (root / preference.ImageReward.bert / "vocab.txt").write_text(
-        "\n".join(SCORES["bert_vocabulary"]), encoding="utf-8"
-    )
-    return root
+        torch.save({"epoch": 1, "state_dict": state} if name == "hpsv2" else state, path)
+    return path
 
 
 @pytest.fixture
-def published(checkpoints, tmp_path, monkeypatch):
-    """A copy of the checkpoints in the place of the hub. ImageReward's file does not tell its
-    sizes, so they are made those of the small network."""
+def published(tmp_path, monkeypatch):
+    """A folder in the place of the hub, with a folder for each repository. ImageReward's file does
+    not tell its sizes, so the small network's are put in the place of the published ones."""
+    for name in PUBLISHED:
+        save_weights(tmp_path, name, weights(name))
+    words, bert = SCORES["clip_vocabulary"], SCORES["bert_vocabulary"]
+    repositories = rewards.CLIPScore.repository, preference.PickScore.repository, preference.CLIP_H
+    for repository, act in zip(repositories, ("quick_gelu", "gelu", "gelu")):
+        originals.clip_files(tmp_path / repository, words, SCORES["clip_merges"])
+        originals.clip_config(act, len(words)).save_pretrained(tmp_path / repository)
     cls, same = preference.ImageReward, dict(num_hidden_layers=2, num_attention_heads=4)
+    (tmp_path / cls.bert).mkdir(parents=True)
+    (tmp_path / cls.bert / "vocab.txt").write_text("\n".join(bert), encoding="utf-8")
     vision = same | dict(hidden_size=96, intermediate_size=384, image_size=32, patch_size=8)
     text = same | dict(hidden_size=64, intermediate_size=128, max_position_embeddings=64)
-    text |= dict(vocab_size=len(SCORES["bert_vocabulary"]) + 2, encoder_hidden_size=96)
+    text |= dict(vocab_size=len(bert) + 2, encoder_hidden_size=96)
     monkeypatch.setattr(cls, "vision_config", cls.vision_config | vision)
     monkeypatch.setattr(cls, "text_config", cls.text_config | text)
 
     def fetch(repository, patterns):
-        assert all(any((root / repository).glob(pattern)) for pattern in patterns)
-        return root / repository
+        folder = tmp_path / repository
+        assert all(any(folder.glob(pattern)) for pattern in patterns)
+        return folder
 
-    root = shutil.copytree(checkpoints, tmp_path / "hub")
     monkeypatch.setattr("support.hub.fetch", fetch)
-    return root
-
-
-def change_weights(root, name, change):
-    """Call `change(state)` with a reward's weights, and save them."""
-    path = weights_file(root, name)
-    saved = load_file(path) if path.suffix == ".safetensors" else torch.load(path)
-    change(saved.get("state_dict", saved))
-    save(saved, path)
+    return tmp_path
 
 
 def tensor(picture):
@@ -283,39 +266,32 @@ def test_odd_images_get_a_score_or_a_clear_error(name, published):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_weights_in_half_precision_are_computed_with_in_float32(name, published):
-    change_weights(
-        published, name, lambda state: state.update({k: v.half() for k, v in state.items()})
-    )
+    save_weights(published, name, {key: value.half() for key, value in weights(name).items()})
     reward = build_reward(name).parts[0][2]
     assert {p.dtype for p in getattr(reward, "clip", reward).parameters()} == {torch.float32}
-    assert torch.isfinite(reward(*ARGUMENTS)).all()
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_weights_with_a_key_missing_or_left_over_are_refused(name, published):
-    change_weights(published, name, lambda state: state.update(more=torch.zeros(1)))
-    with pytest.raises(InputError, match=f"^--reward {name}: cannot be loaded: .*nexpected"):
-        build_reward(name)
-    missing = lambda state: [
-        state.pop(key) for key in ("more", next(k for k in state if "mlp" in k))
-    ]
-    change_weights(published, name, missing)
-    with pytest.raises(InputError, match="issing"):
-        build_reward(name)
+    fewer = {key: value for key, value in weights(name).items() if "mlp" not in key}
+    for says, state in (("issing", fewer), ("nexpected", weights(name) | {"x": torch.zeros(1)})):
+        save_weights(published, name, state)
+        with pytest.raises(InputError, match=f"^--reward {name}: cannot be loaded: .*{says}"):
+            build_reward(name)
 
 
 @pytest.mark.parametrize("name", ["hpsv2", "imagereward"])
-def test_weights_are_not_executed(name, published, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_weights_are_not_executed(name, published, monkeypatch):
+    monkeypatch.chdir(published)
     opens = type("Opens", (), {"__reduce__": lambda self: (open, ("ran", "w"))})()
-    change_weights(published, name, lambda state: state.update(more=opens))
+    save_weights(published, name, weights(name) | {"x": opens})
     with pytest.raises(InputError, match="[Ww]eights.only"):
         build_reward(name)
-    assert not (tmp_path / "ran").exists()
+    assert not (published / "ran").exists()
 
 
 def test_weights_that_are_cut_are_refused_in_a_line(published):
-    path = weights_file(published, "clipscore")
+    path = save_weights(published, "clipscore", weights("clipscore"))
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(InputError, match="^--reward clipscore: cannot be loaded: .*incomplete"):
         build_reward("clipscore")
