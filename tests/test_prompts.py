@@ -26,8 +26,6 @@ GENEVAL = b'{"prompt": "a red ring", "tag": "colors"}\n\n{"prompt": " a cross"}\
         ("array.txt", b'[\n "a red ring"\n]', ", line 1: looks like JSON"),
         ("geneval.ndjson", GENEVAL, ": is no .txt and no .jsonl file; give a .txt"),
         ("hps.json", b'[\n "a red ring"\n]', ": is no .txt"),
-        ("drawbench.csv", b"Prompts,Category\na red ring,Colors\n", ": is no .txt"),
-        ("prompts", b"a red ring\n", ": is no .txt"),
     ],
 )
 def test_a_bad_prompts_file_is_one_line(name, content, says, tmp_path):
