@@ -392,8 +392,9 @@ def read_lora(model, rank, alpha, path):
             own_alpha = float(state.pop(f"{name}.alpha", config.get("lora_alpha", rank)))
             B *= own_alpha / (rank**0.5 if config.get("use_rslora") else rank) * rank / alpha
             change = B.flatten(1) @ A.flatten(1)
-            fits = change.shape == layer.weight.flatten(1).shape and change.isfinite().all()
-            require(fits, f"{name} has another shape in this model, or holds NaN or infinity")
+            fits = change.shape == layer.weight.flatten(1).shape
+            require(fits, f"{name} has another shape in this model")
+            require(change.isfinite().all(), f"{name} holds NaN or infinity")
             found |= {a: A, b: B}
     first = min(state, default=None)
     advice = "only pairs of lora_A and lora_B for layers of the transformer are read"

@@ -188,19 +188,17 @@ def test_at_published_size_the_papers_layers_are_quantized_and_adapted(
 LAYER = "transformer_blocks.0.attn1.to_q"  # of the tiny SANA
 
 
-def lora_file(folder, changes=None, metadata=None, rank=4, prefix="transformer"):
-    """A LoRA of LAYER whose lora_A and lora_B are random. Returns its tensors without prefix."""
-    g = torch.Generator().manual_seed(1)
-    size = load("sana").transformer.get_submodule(LAYER).weight.shape[0]
-    state = {"lora_A.weight": torch.randn(rank, size, generator=g)}
-    state["lora_B.weight"] = torch.randn(size, rank, generator=g)
-    state = {f"{prefix}.{LAYER}.{name}": tensor for name, tensor in state.items()} | (changes or {})
-    state = {name: tensor for name, tensor in state.items() if tensor is not None}
-    metadata = {f"transformer.{name}": value for name, value in (metadata or {}).items()}
-    metadata = {"lora_adapter_metadata": json.dumps(metadata)} if metadata else None
+def lora_file(folder, changes=None, metadata=None, prefix="transformer"):
+    """Save a LoRA of LAYER whose lora_A and lora_B are random. Returns lora_B lora_A."""
+    A, B = torch.randn(4, 128), torch.randn(128, 4)
+    state = {f"{prefix}.{LAYER}.lora_A.weight": A, f"{prefix}.{LAYER}.lora_B.weight": B}
+    state = {name: value for name, value in (state | (changes or {})).items() if value is not None}
+    if metadata:
+        metadata = {f"transformer.{name}": value for name, value in metadata.items()}
+        metadata = {"lora_adapter_metadata": json.dumps(metadata)}
     folder.mkdir(exist_ok=True)
     save_file(state, folder / "pytorch_lora_weights.safetensors", metadata)
-    return {name.removeprefix(f"{prefix}.{LAYER}."): tensor for name, tensor in state.items()}
+    return B @ A
 
 
 @pytest.mark.parametrize("scale", ["none", "key", "metadata", "root", "peft"])
@@ -210,17 +208,16 @@ def test_a_run_starts_from_the_change_of_weights_that_a_lora_with_its_own_alpha_
     """Its layers get adapters with the method's alpha and without the dropout of the file."""
     settings = dict(r=4, lora_alpha=12, lora_dropout=0.5, target_modules=["to_q"])
     if scale == "key":
-        state = lora_file(tmp_path, {f"transformer.{LAYER}.alpha": torch.tensor(12.0)})
+        change = lora_file(tmp_path, {f"transformer.{LAYER}.alpha": torch.tensor(12.0)})
     elif scale == "peft":  # as by get_peft_model(transformer, ...).save_pretrained(folder)
-        state = lora_file(tmp_path, prefix="base_model.model")
+        change = lora_file(tmp_path, prefix="base_model.model")
         LoraConfig(**settings).save_pretrained(tmp_path)
     else:
         settings |= dict(use_rslora=scale == "root")
-        state = lora_file(tmp_path, metadata=settings if scale != "none" else None)
+        change = lora_file(tmp_path, metadata=settings if scale != "none" else None)
     models.add_lora(model := load("sana"), 4, 8, str(tmp_path))
     ((name, layer),) = models.lora_layers(model.transformer)
-    factor = {"none": 1.0, "root": 12 / 4**0.5}.get(scale, 12 / 4)
-    expected = factor * state["lora_B.weight"] @ state["lora_A.weight"]
+    expected = {"none": 1.0, "root": 12 / 4**0.5}.get(scale, 12 / 4) * change
     for adapter in models.ADAPTERS:
         torch.testing.assert_close(layer.get_delta_weight(adapter), expected)
         assert isinstance(layer.lora_dropout[adapter], torch.nn.Identity)
@@ -244,7 +241,7 @@ def test_a_saved_lora_holds_the_change_itself_so_that_no_reader_needs_an_alpha(t
 
 def test_a_lora_of_which_any_tensor_has_no_place_is_refused_and_the_first_one_named(tmp_path):
     A, B = f"transformer.{LAYER}.lora_A.weight", f"transformer.{LAYER}.lora_B.weight"
-    tensor = torch.ones(4, 16)
+    tensor = torch.ones(4, 128)
     for i, (changes, says) in enumerate(
         [
             ({A.replace("blocks.0", "blocks.9"): tensor}, "1 .*blocks.9"),
@@ -252,11 +249,11 @@ def test_a_lora_of_which_any_tensor_has_no_place_is_refused_and_the_first_one_na
             ({f"transformer.{LAYER}.lora_magnitude_vector": tensor}, "magnitude"),  # a DoRA
             ({B: None}, "lora_A"),
             ({A: None, B: None}, "0 tensors"),
-            ({A: torch.full((4, 16), torch.nan)}, "NaN"),
+            ({A: torch.full((4, 128), torch.nan)}, "NaN"),
             ({f"transformer.{LAYER}.alpha": torch.tensor(torch.nan)}, "NaN"),
             ({A: torch.ones(4, 9)}, "shape"),
-            ({B: torch.ones(16, 3)}, "cannot be loaded"),
-            ({A: torch.ones(2, 16), B: torch.ones(16, 2)}, "give --lora_rank 2"),
+            ({B: torch.ones(128, 3)}, "cannot be loaded"),
+            ({A: torch.ones(2, 128), B: torch.ones(128, 2)}, "give --lora_rank 2"),
         ]
     ):
         path = tmp_path / str(i)

@@ -113,7 +113,6 @@ def test_a_reward_that_fails_is_named_with_the_prompt(function, says):
         ("nothing", "'nothing': not one of clipscore, pickscore, hpsv2, imagereward"),
         ("clipscore,", "not one of"),
         ("none.py:f", "nor an existing file.py:function"),
-        ("clipscore:1:2", "not one of"),
         ("clipscore:0", "must be a finite number, not 0"),
         ("clipscore:1e999", "must be a finite number, not 0"),
         ("clipscore,clipscore:2", "clipscore is in it twice"),
