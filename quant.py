@@ -260,7 +260,7 @@ def backend(precision, device="cpu"):
     if reason := te.unusable(PRECISIONS[precision], device):
         return "simulated", f"{precision}: simulated ({reason})"
     sm = "sm{}{}".format(*te.capability(device))
-    return "te", f"{precision}: Transformer Engine {te.version()} on {sm}"
+    return "te", f"{precision}: Transformer Engine {te.transformer_engine.__version__} on {sm}"
 
 
 def quantize_linears(model, precision, skip=(), min_dim=0):

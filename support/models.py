@@ -31,15 +31,7 @@ from support import world
 from support.errors import InputError, one_line, require, written_whole
 from support.hub import fetch
 
-# They make diffusers' schedulers. shift: of the times towards noise; options: of both classes.
-SOLVERS = {
-    "euler": lambda shift, **options: diffusers.FlowMatchEulerDiscreteScheduler(
-        shift=shift, **options
-    ),
-    "dpm": lambda shift, **options: diffusers.DPMSolverMultistepScheduler(
-        flow_shift=shift, prediction_type="flow_prediction", use_flow_sigmas=True, **options
-    ),
-}
+SOLVERS = ("euler", "dpm")
 DECODED_PIXELS = 2**21  # of the images that are decoded at once: two of 1024 x 1024
 
 
@@ -122,11 +114,16 @@ class Model:
         return Text(*(None if part[0] is None else torch.cat(part) for part in zip(*texts)))
 
     def scheduler(self, steps, shift=None, **timestep_options):
-        """diffusers' scheduler for `solver` with its timesteps set. shift: None is the published one.
+        """diffusers' scheduler of `solver`, with its timesteps set. shift: None: as published.
         No other setting of the published scheduler is used: some make the sampler stochastic."""
         config = self.pipe.scheduler.config
         shift = shift or config.get("shift", config.get("flow_shift"))
-        scheduler = SOLVERS[self.solver](shift, use_dynamic_shifting="mu" in timestep_options)
+        options = dict(use_dynamic_shifting="mu" in timestep_options)
+        if self.solver == "euler":
+            scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift, **options)
+        else:
+            options |= dict(prediction_type="flow_prediction", use_flow_sigmas=True)
+            scheduler = diffusers.DPMSolverMultistepScheduler(flow_shift=shift, **options)
         scheduler.set_timesteps(steps, **timestep_options)
         scheduler.set_begin_index(0)
         return scheduler
@@ -302,47 +299,33 @@ def load(name, folder=None, resolution=None, solver=None, device="cpu", dtype=No
     folder = model_class.published if folder == "published" else folder
     if folder is None:
         folder, resolution = world.TINY / name, resolution or world.SIDE
-    parts = check_pretrained(name, folder)
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
+    options = dict(dtype=dtype or compute_dtype(device), use_safetensors=True)
+    path = Path(folder)
     # SANA's text encoder is published only as a variant, so copies of it have only that, too.
-    copied = any(Path(folder).glob(f"*/*.{model_class.variant}*.safetensors"))
-    variant = model_class.variant if copied or folder == model_class.published else None
-    dtype = dtype or compute_dtype(device)
-    options = dict(dtype=dtype, variant=variant, use_safetensors=True)
+    if folder == model_class.published or any(path.glob("*/*.bf16*.safetensors")):
+        options["variant"] = model_class.variant
     try:
+        if not path.is_dir():
+            path = fetch(str(folder), ["model_index.json"], whole=True)
+        parts = json.loads((path / "model_index.json").read_text())
+        found, needed = parts["_class_name"], model_class.pipeline.__name__
+        require(found == needed, f"it is a {found}, but --model {name} needs a {needed}")
         encoders = {}
         for part in [name for name in parts if name.startswith("text_encoder") and parts[name][1]]:
             # Loaded here because the pipeline would fill missing weights with random numbers.
             encoders[part], info = getattr(transformers, parts[part][1]).from_pretrained(
                 folder, subfolder=part, output_loading_info=True, **options
             )
-            if info["missing_keys"]:
-                raise ValueError(f"{part} lacks {sorted(info['missing_keys'])[0]}")
+            missing = sorted(info["missing_keys"])
+            require(not missing, f"{part} lacks the weights {missing[:3]}")
         pipe = model_class.pipeline.from_pretrained(folder, **encoders, **options).to(device)
     except Exception as error:  # broken files raise exceptions of any kind
         raise InputError(f"--pretrained {folder}: cannot be loaded: {one_line(error)}") from error
-    for part in pipe.components.values():
-        if isinstance(part, torch.nn.Module):
-            part.requires_grad_(False)
+    for part in (pipe.transformer, pipe.vae, *encoders.values()):
+        part.requires_grad_(False)
     return model_class(pipe, resolution or paper["resolution"], solver or paper["solver"])
-
-
-def check_pretrained(name, folder):
-    """The content of model_index.json, of a folder or the hub, before anything large is loaded.
-    Raises InputError unless it names the pipeline of the model `name`."""
-    prefix, path = f"--pretrained {folder}", Path(folder)
-    try:
-        if not path.is_dir():
-            path = fetch(str(folder), ["model_index.json"], whole=True)
-        parts = json.loads((path / "model_index.json").read_text())
-        pipeline = parts["_class_name"]
-    except Exception as error:  # broken files raise exceptions of any kind
-        raise InputError(f"{prefix}: no readable model_index.json: {one_line(error)}") from error
-    fitting = [n for n, m in MODELS.items() if m.pipeline.__name__ == pipeline]
-    advice = f"try --model {fitting[0]}" if fitting else "no --model here is"
-    require(name in fitting, f"{prefix} is a {pipeline}, not --model {name}; {advice}")
-    return parts
 
 
 def attention_for_training(device):
@@ -385,8 +368,8 @@ def add_lora(model, rank, alpha, path=""):
 
 
 def read_lora(model, rank, alpha, path):
-    """{"LAYER.lora_A.weight" or "LAYER.lora_B.weight": float32} of a LoRA, with lora_B scaled to this
-    alpha. Raises an exception of any kind unless every tensor of the file has a place here."""
+    """A LoRA as {"LAYER.lora_A.weight" or "LAYER.lora_B.weight": float32}, with lora_B scaled to
+    this alpha. Raises an exception of any kind unless every tensor of the file has a place here."""
     folder = Path(path) if Path(path).exists() else fetch(path, ["*.safetensors"])
     files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else [folder]
     require(len(files) == 1, f"give one safetensors file; here are {[f.name for f in files]}")
@@ -394,24 +377,25 @@ def read_lora(model, rank, alpha, path):
         state = {key: file.get_tensor(key) for key in file.keys()}
         config = (file.metadata() or {}).get("lora_adapter_metadata", "{}")
     if (peft_config := files[0].with_name("adapter_config.json")).exists():
-        state = {key.replace("base_model.model.", "transformer."): v for key, v in state.items()}
         config = peft_config.read_text()
-    config = {key.removeprefix("transformer."): v for key, v in json.loads(config).items()}
+    prefix = r"^(transformer|base_model\.model)\."
+    state = {re.sub(prefix, "", key): tensor for key, tensor in state.items()}
+    config = {re.sub(prefix, "", key): value for key, value in json.loads(config).items()}
     require(not config.get("alpha_pattern"), "its layers have different alphas")
     found = {}
     for name, layer in model.transformer.named_modules():
-        a, b = (f"transformer.{name}.lora_{matrix}.weight" for matrix in "AB")
+        a, b = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
         if a in state and b in state:
             A, B = state.pop(a).float(), state.pop(b).float()
-            own_alpha = state.pop(f"transformer.{name}.alpha", config.get("lora_alpha", len(A)))
-            B *= float(own_alpha) / (rank**0.5 if config.get("use_rslora") else rank) * rank / alpha
             advice = f"give --lora_rank {len(A)} if all layers have it"
             require(len(A) == rank, f"{name} has rank {len(A)}; {advice}")
-            change, weight = B.flatten(1) @ A.flatten(1), layer.weight.flatten(1)
-            shapes = f"{tuple(change.shape)}, in this model {tuple(weight.shape)}"
-            require(change.shape == weight.shape, f"{name} is {shapes}")
+            own_alpha = float(state.pop(f"{name}.alpha", config.get("lora_alpha", rank)))
+            B *= own_alpha / (rank**0.5 if config.get("use_rslora") else rank) * rank / alpha
+            change = B.flatten(1) @ A.flatten(1)
+            fits = change.shape == layer.weight.flatten(1).shape
+            require(fits, f"{name} has another shape in this model")
             require(change.isfinite().all(), f"{name} holds NaN or infinity")
-            found |= {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
+            found |= {a: A, b: B}
     first = min(state, default=None)
     advice = "only pairs of lora_A and lora_B for layers of the transformer are read"
     require(found and not state, f"{len(state)} tensors have no place, first {first}; {advice}")

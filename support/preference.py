@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from support import hub
 from support.errors import require
-from support.hub import fetch
 
 
 def normalize(images):
@@ -99,8 +99,8 @@ class PickScore(CLIPReward):
     repository, file = "yuvalkirstain/PickScore_v1", "model.safetensors"
 
     def __init__(self, device):
-        tokenizer = fetch(CLIP_H, ("*.json", "*.txt"))
-        folder = fetch(self.repository, ("config.json", self.file))
+        tokenizer = hub.fetch(CLIP_H, ("*.json", "*.txt"))
+        folder = hub.fetch(self.repository, ("config.json", self.file))
         super().__init__(device, tokenizer, folder, load_file(folder / self.file))
 
     def __call__(self, images, prompts, metadata):
@@ -114,8 +114,8 @@ class HPSv2(CLIPReward):
     repository, file = "xswu/HPSv2", "HPS_v2.1_compressed.pt"
 
     def __init__(self, device):
-        folder = fetch(CLIP_H, ("*.json", "*.txt"))
-        path = fetch(self.repository, (self.file,)) / self.file
+        folder = hub.fetch(CLIP_H, ("*.json", "*.txt"))
+        path = hub.fetch(self.repository, (self.file,)) / self.file
         state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
         super().__init__(device, folder, folder, from_open_clip(state))
 
@@ -183,7 +183,7 @@ class ImageReward(nn.Module):
 
     def __init__(self, device):
         super().__init__()
-        vocabulary = fetch(self.bert, ("vocab.txt",))
+        vocabulary = hub.fetch(self.bert, ("vocab.txt",))
         self.tokenizer = transformers.BertTokenizer.from_pretrained(vocabulary)
         vision, text = self.vision_config, transformers.BlipTextConfig(**self.text_config)
         self.vision = transformers.BlipVisionModel(transformers.BlipVisionConfig(**vision))
@@ -193,7 +193,7 @@ class ImageReward(nn.Module):
         for position in (1, 3, 5):
             layers.insert(position, nn.Identity())  # where training has dropout
         self.head = nn.Sequential(*layers)
-        path = fetch(self.repository, (self.file,)) / self.file
+        path = hub.fetch(self.repository, (self.file,)) / self.file
         state = torch.load(path, map_location="cpu", weights_only=True)
         state = {k: v for k, v in state.items() if not re.fullmatch(self.unused, k)}
         self.load_state_dict(rename(state, self.names))

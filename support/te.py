@@ -24,10 +24,6 @@ FEATURES = {"nvfp4": (32, 16), "fp8": (16, 16)}  # (in, out) must be multiples o
 TOKENS = 32  # NVFP4 needs a multiple of 16, of 32 for the faster kernel, and FP8 of 8
 
 
-def version():
-    return transformer_engine.__version__
-
-
 def capability(device):
     """The compute capability (major, minor) of a CUDA device; (0, 0) for any other device."""
     device = torch.device(device)
@@ -45,8 +41,9 @@ def unusable(precision, device):
         return f"Transformer Engine cannot be imported: {IMPORT_ERROR}"
     # Before 2.14, TE computed NVFP4's scales as block_amax / 6 * S_enc.
     minor = 17 if precision.four_over_six else 16 if precision.row_scaled else 14
-    if tuple(int(n) for n in version().split(".")[:2]) < (2, minor):
-        return f"needs Transformer Engine 2.{minor} or later, found {version()}"
+    found = transformer_engine.__version__
+    if tuple(int(n) for n in found.split(".")[:2]) < (2, minor):
+        return f"needs Transformer Engine 2.{minor} or later, found {found}"
     return ""
 
 
@@ -107,9 +104,10 @@ class TEMatmul(nn.Module):
 
 @torch.no_grad()
 def self_check(layer, name, precision, quantize, simulate):
-    """Compare TE with the simulation (quant.quantize_nvfp4 and quant.SimulatedMatmul) on `layer`, an
-    nn.Linear or 1x1 nn.Conv2d, with noise as input. In NVFP4 both must give the same bytes. Outputs
-    must agree within 8e-3 of the largest, as in TE's own tests. Raises InputError otherwise."""
+    """Compare TE with the simulation on `layer`, an nn.Linear or 1x1 nn.Conv2d, and noise as input.
+    In NVFP4 both must give the same bytes. Outputs must agree within 8e-3 of the largest, as in
+    TE's own tests. Raises InputError otherwise. quantize: quant.quantize_nvfp4; simulate:
+    quant.SimulatedMatmul."""
     weight, generator = layer.weight.flatten(1), torch.Generator().manual_seed(0)
     x = torch.randn(96, weight.shape[1], generator=generator).to(weight.device, torch.bfloat16)
 

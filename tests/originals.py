@@ -114,8 +114,8 @@ def make(folder):
 
     tools = dict(fill=fill, table=table, folder=folder)
     scores = {
-        "clipscore": clip("clipscore", "quick_gelu", len(vocabulary), **tools),
-        "pickscore": clip("pickscore", "gelu", len(vocabulary), **tools),
+        "clipscore": clip("clipscore", 0, "quick_gelu", len(vocabulary), **tools),
+        "pickscore": clip("pickscore", 1, "gelu", len(vocabulary), **tools),
         "hpsv2": hpsv2(len(vocabulary), **tools),
         "imagereward": imagereward(len(bert), **tools),
     }
@@ -123,15 +123,9 @@ def make(folder):
     return stored | {"clip_vocabulary": vocabulary, "bert_vocabulary": bert}
 
 
-def clip(name, act, words, fill, table, folder):
+def clip(name, seed, act, words, fill, table, folder):
     """CLIPScore, and PickScore as its repository's README computes it."""
-    shape = dict(hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4)
-    config = transformers.CLIPConfig(
-        text_config=shape | dict(hidden_act=act, vocab_size=words),
-        vision_config=shape | dict(hidden_act=act, image_size=32, patch_size=8),
-        projection_dim=48,
-    )
-    model = fill(transformers.CLIPModel(config), name, ["clipscore", "pickscore"].index(name))
+    model = fill(transformers.CLIPModel(clip_config(act, words)), name, seed)
     tokenizer = transformers.CLIPTokenizerFast.from_pretrained(folder / "words")
     process = transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32)
 
@@ -183,6 +177,15 @@ def imagereward(words, fill, table, folder):
     model = fill(package.ImageReward(str(folder / "med_config.json")), "imagereward", 3)
     model.preprocess = package._transform(32)
     return table(lambda picture, prompt: model.score(prompt, picture))
+
+
+def clip_config(act, words):
+    shape = dict(hidden_size=64, intermediate_size=256, num_attention_heads=4, num_hidden_layers=2)
+    return transformers.CLIPConfig(
+        text_config=shape | dict(hidden_act=act, vocab_size=words, eos_token_id=2),  # as published
+        vision_config=shape | dict(hidden_act=act, image_size=32, patch_size=8),
+        projection_dim=48,
+    )
 
 
 def clip_files(folder, vocabulary, merges):

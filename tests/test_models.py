@@ -19,11 +19,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import quant
-from experiments.pretrain_world import latents_of
 from rollout import initial_noise, sample, sampling_times
 from support import models
 from support.errors import InputError
-from support.world import TINY, TRAIN_PROMPTS, draw
+from support.world import TINY
 
 PROMPT = "a large plain red circle in the middle"
 
@@ -95,13 +94,11 @@ def test_of_a_folders_scheduler_only_the_shift_reaches_the_rollout(model, monkey
             assert torch.equal(model.scheduler(10).sigmas, expected.sigmas)
 
 
-def test_flux_schnell_has_no_shift_that_depends_on_the_size(tmp_path):
-    shutil.copytree(TINY / "flux", tmp_path / "flux")
-    path = tmp_path / "flux" / "scheduler" / "scheduler_config.json"
-    settings = json.loads(path.read_text()) | {"use_dynamic_shifting": False, "shift": 1.0}
-    path.write_text(json.dumps(settings))
+def test_flux_schnell_has_no_shift_that_depends_on_the_size():
     for solver in models.SOLVERS:
-        model = models.load("flux", tmp_path / "flux", 32, solver)
+        pipe = (model := load("flux", solver)).pipe
+        settings = dict(use_dynamic_shifting=False, shift=1.0)
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **settings)
         assert sampling_times(model, 10)[-1] == pytest.approx(0.1, abs=2e-3), solver
 
 
@@ -188,46 +185,20 @@ def test_at_published_size_the_papers_layers_are_quantized_and_adapted(
     assert len(layers) == adapted and all("attn" in layer for layer in layers)
 
 
-def test_velocity_is_noise_minus_data_at_times_from_0_to_1(model, monkeypatch):
-    """The flow loss of the pretrained model is low; with a wrong sign, time or guidance it is
-    not."""
-    g = torch.Generator().manual_seed(1)
-    prompts = [TRAIN_PROMPTS[i] for i in torch.randperm(len(TRAIN_PROMPTS), generator=g)[:128]]
-    x_0, text = latents_of(model, draw(prompts, g)), model.encode(prompts)
-    noise, t = torch.randn(x_0.shape, generator=g), torch.rand(len(x_0), generator=g)
-    x_t = torch.lerp(x_0, noise, t[:, None, None, None])
-
-    @torch.no_grad()
-    def loss(time, sign=1):
-        v = sign * model.velocity(model.transformer, x_t, time, text)
-        return ((v - (noise - x_0)) ** 2).mean()
-
-    right, nothing = loss(t), ((noise - x_0) ** 2).mean()
-    assert right < 0.4 * nothing  # 0.19 to 0.27, a little different on each machine
-    assert loss(t, sign=-1) > nothing
-    for wrong in (t / 1000, t * 1000, 1 - t):
-        assert loss(wrong) > 1.3 * right
-    if isinstance(model, models.Flux):
-        monkeypatch.setattr(model, "guidance", 3.5)
-        assert loss(t) > 1.3 * right
-
-
 LAYER = "transformer_blocks.0.attn1.to_q"  # of the tiny SANA
 
 
-def lora_file(folder, changes=None, metadata=None, rank=4, prefix="transformer"):
-    """A LoRA of LAYER whose lora_A and lora_B are random. Returns its tensors without prefix."""
-    g = torch.Generator().manual_seed(1)
-    size = load("sana").transformer.get_submodule(LAYER).weight.shape[0]
-    state = {"lora_A.weight": torch.randn(rank, size, generator=g)}
-    state["lora_B.weight"] = torch.randn(size, rank, generator=g)
-    state = {f"{prefix}.{LAYER}.{name}": tensor for name, tensor in state.items()} | (changes or {})
-    state = {name: tensor for name, tensor in state.items() if tensor is not None}
-    metadata = {f"transformer.{name}": value for name, value in (metadata or {}).items()}
-    metadata = {"lora_adapter_metadata": json.dumps(metadata)} if metadata else None
+def lora_file(folder, changes=None, metadata=None, prefix="transformer"):
+    """Save a LoRA of LAYER whose lora_A and lora_B are random. Returns lora_B lora_A."""
+    A, B = torch.randn(4, 128), torch.randn(128, 4)
+    state = {f"{prefix}.{LAYER}.lora_A.weight": A, f"{prefix}.{LAYER}.lora_B.weight": B}
+    state = {name: value for name, value in (state | (changes or {})).items() if value is not None}
+    if metadata:
+        metadata = {f"transformer.{name}": value for name, value in metadata.items()}
+        metadata = {"lora_adapter_metadata": json.dumps(metadata)}
     folder.mkdir(exist_ok=True)
     save_file(state, folder / "pytorch_lora_weights.safetensors", metadata)
-    return {name.removeprefix(f"{prefix}.{LAYER}."): tensor for name, tensor in state.items()}
+    return B @ A
 
 
 @pytest.mark.parametrize("scale", ["none", "key", "metadata", "root", "peft"])
@@ -237,17 +208,16 @@ def test_a_run_starts_from_the_change_of_weights_that_a_lora_with_its_own_alpha_
     """Its layers get adapters with the method's alpha and without the dropout of the file."""
     settings = dict(r=4, lora_alpha=12, lora_dropout=0.5, target_modules=["to_q"])
     if scale == "key":
-        state = lora_file(tmp_path, {f"transformer.{LAYER}.alpha": torch.tensor(12.0)})
+        change = lora_file(tmp_path, {f"transformer.{LAYER}.alpha": torch.tensor(12.0)})
     elif scale == "peft":  # as by get_peft_model(transformer, ...).save_pretrained(folder)
-        state = lora_file(tmp_path, prefix="base_model.model")
+        change = lora_file(tmp_path, prefix="base_model.model")
         LoraConfig(**settings).save_pretrained(tmp_path)
     else:
         settings |= dict(use_rslora=scale == "root")
-        state = lora_file(tmp_path, metadata=settings if scale != "none" else None)
+        change = lora_file(tmp_path, metadata=settings if scale != "none" else None)
     models.add_lora(model := load("sana"), 4, 8, str(tmp_path))
     ((name, layer),) = models.lora_layers(model.transformer)
-    factor = {"none": 1.0, "root": 12 / 4**0.5}.get(scale, 12 / 4)
-    expected = factor * state["lora_B.weight"] @ state["lora_A.weight"]
+    expected = {"none": 1.0, "root": 12 / 4**0.5}.get(scale, 12 / 4) * change
     for adapter in models.ADAPTERS:
         torch.testing.assert_close(layer.get_delta_weight(adapter), expected)
         assert isinstance(layer.lora_dropout[adapter], torch.nn.Identity)
@@ -271,31 +241,25 @@ def test_a_saved_lora_holds_the_change_itself_so_that_no_reader_needs_an_alpha(t
 
 def test_a_lora_of_which_any_tensor_has_no_place_is_refused_and_the_first_one_named(tmp_path):
     A, B = f"transformer.{LAYER}.lora_A.weight", f"transformer.{LAYER}.lora_B.weight"
-    deeper, tensor = LAYER.replace("blocks.0", "blocks.9"), torch.ones(4, 4)
+    tensor = torch.ones(4, 128)
     for i, (changes, says) in enumerate(
         [
-            (
-                {f"transformer.{deeper}.lora_{part}.weight": tensor.clone() for part in "AB"},
-                f"2 .*{deeper}",
-            ),
-            ({f"other.{LAYER}.lora_A.weight": tensor}, f"other.{LAYER}"),
+            ({A.replace("blocks.0", "blocks.9"): tensor}, "1 .*blocks.9"),
             ({f"text_encoder.{LAYER}.lora_A.weight": tensor}, "text_encoder"),
             ({f"transformer.{LAYER}.lora_magnitude_vector": tensor}, "magnitude"),  # a DoRA
-            ({f"transformer.{LAYER}.lora_B.bias": tensor}, "bias"),
-            ({B: None}, A),
+            ({B: None}, "lora_A"),
             ({A: None, B: None}, "0 tensors"),
-            ({A: torch.full((4, 16), torch.nan), B: torch.ones(16, 4)}, LAYER),
-            ({f"transformer.{LAYER}.alpha": torch.tensor(torch.nan)}, LAYER),
-            ({A: torch.ones(4, 9)}, LAYER),
-            ({B: torch.ones(16, 3)}, "cannot be loaded"),
-            ({A: torch.ones(2, 16), B: torch.ones(16, 2)}, "give --lora_rank 2"),
+            ({A: torch.full((4, 128), torch.nan)}, "NaN"),
+            ({f"transformer.{LAYER}.alpha": torch.tensor(torch.nan)}, "NaN"),
+            ({A: torch.ones(4, 9)}, "shape"),
+            ({B: torch.ones(128, 3)}, "cannot be loaded"),
+            ({A: torch.ones(2, 128), B: torch.ones(128, 2)}, "give --lora_rank 2"),
         ]
     ):
         path = tmp_path / str(i)
         lora_file(path, changes)
-        with pytest.raises(InputError, match=says) as error:
+        with pytest.raises(InputError, match=f"^--lora {path}: .*{says}"):
             models.add_lora(model := load("sana"), 4, 8, str(path))
-        assert str(error.value).startswith(f"--lora {path}: ")
         assert not models.lora_layers(model.transformer)
     shutil.copy(path / "pytorch_lora_weights.safetensors", path / "other.safetensors")
     with pytest.raises(InputError, match="other.safetensors.*pytorch_lora_weights.safetensors"):
@@ -303,26 +267,21 @@ def test_a_lora_of_which_any_tensor_has_no_place_is_refused_and_the_first_one_na
 
 
 def test_nothing_in_a_pretrained_folder_is_executed(tmp_path):
-    """Neither pickled weights nor code, which model_index.json or a part's config.json names."""
+    """Neither pickled weights nor code that model_index.json names."""
     ran = tmp_path / "ran"
     pickled = type("Evil", (), {"__reduce__": lambda self: (open, (str(ran), "w"))})()
-    automatic = {"auto_map": {"AutoModel": "evil.Evil"}, "model_type": "evil"}
-    for part in ("vae", "transformer", "text_encoder"):
+    for part in ("transformer", "text_encoder"):
         (weights,) = (TINY / "flux" / part).glob("*.safetensors")
         stem = "pytorch_model" if part == "text_encoder" else weights.stem
-        for way in ("pickle", "module", "auto_map"):
-            folder = tmp_path / f"{way}_{part}"
-            shutil.copytree(TINY / "flux", folder)
+        for way in ("pickle", "module"):
+            folder = shutil.copytree(TINY / "flux", tmp_path / f"{way}_{part}")
             (folder / part / "evil.py").write_text(f"open({str(ran)!r}, 'w')\nEvil = 1\n")
             index = json.loads((folder / "model_index.json").read_text())
             if way == "pickle":
                 (folder / part / weights.name).unlink()
                 torch.save(pickled, folder / part / f"{stem}.bin")
-            elif way == "module":
-                index[part] = ["evil", "Evil"]
             else:
-                index[part] = ["transformers", "AutoModel"]
-                (folder / part / "config.json").write_text(json.dumps(automatic))
+                index[part] = ["evil", "Evil"]
             (folder / "model_index.json").write_text(json.dumps(index))
             with pytest.raises(InputError, match="cannot be loaded"):
                 models.load("flux", folder, 32)
@@ -331,29 +290,25 @@ def test_nothing_in_a_pretrained_folder_is_executed(tmp_path):
 
 def test_a_folder_that_cannot_be_loaded_is_named_in_a_line(tmp_path):
     """transformers fills missing weights with random numbers, and diffusers does not tell."""
-    for name in ("broken", "incomplete"):
-        shutil.copytree(TINY / "flux", tmp_path / name)
     encoder = "text_encoder_2/model.safetensors"
-    (tmp_path / "broken" / encoder).write_bytes(b"x" * 99)
-    weights = load_file(tmp_path / "incomplete" / encoder)
-    missing = min(weights)
-    del weights[missing]
-    save_file(weights, tmp_path / "incomplete" / encoder, {"format": "pt"})
+    broken, incomplete = (shutil.copytree(TINY / "flux", tmp_path / str(i)) for i in range(2))
+    (broken / encoder).write_bytes(b"x" * 99)
+    weights = load_file(incomplete / encoder)
+    missing, _ = weights.popitem()
+    save_file(weights, incomplete / encoder, {"format": "pt"})
     for folder, says in (
-        (TINY / "sana", "is a SanaPipeline, not --model flux; try --model sana"),
-        (tmp_path / "broken", "cannot be loaded"),
-        (tmp_path / "incomplete", f"text_encoder_2 lacks {missing}"),
-        (tmp_path, "no readable model_index.json"),
+        (TINY / "sana", "SanaPipeline"),
+        (broken, "cannot be loaded"),
+        (incomplete, f"text_encoder_2 lacks .*{missing}"),
+        (tmp_path, "model_index.json"),
         (tmp_path / "absent", "neither a folder nor such a model on the hub"),
     ):
-        with pytest.raises(InputError, match=says) as error:
+        with pytest.raises(InputError, match=f"^--pretrained {folder}: .*{says}"):
             models.load("flux", folder)
-        assert str(error.value).startswith(f"--pretrained {folder}")
-        assert "\n" not in str(error.value)
 
 
 def test_a_hub_that_does_not_answer_is_given_up_after_seconds(tmp_path):
-    code = "from support import models\nmodels.check_pretrained('flux', 'a/silent')"
+    code = "from support import models\nmodels.load('flux', 'a/silent')"
     with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and says nothing
         address = f"http://127.0.0.1:{silent.getsockname()[1]}"
         settings = {"HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path), "HF_ENDPOINT": address}

@@ -178,18 +178,6 @@ def test_the_bound_is_attained_where_a_scale_is_rounded_down(exact, rounded, pre
     assert attained(x, precision)[16] == 6 * (exact - rounded)
 
 
-@given(**TENSORS, amax=st.floats(2.0**-90, 2.0**100), block=BLOCKS)
-def test_four_over_six_is_in_no_block_worse_than_six(kind, amax, rows, columns, block, seed):
-    x = tensor(kind, amax, rows, columns, "nvfp4_4over6", block, seed)
-    tiles = quant._tile(x, block)
-    s_enc = quant._encode_scale(x.abs().max(), 6 * 256)
-    six, s = quant._codes(tiles, tiles.abs().amax(dim=(1, 3), keepdim=True) / 6 * s_enc, s_enc)
-    error_of_six = (six.double() * s * (float(x.abs().max()) / 1536) - tiles).abs().sum(dim=(1, 3))
-    kept, _, _ = quantized(x, "nvfp4_4over6", block)
-    error = quant._tile(kept.float(), block).double().sub(tiles).abs().sum(dim=(1, 3))
-    assert (error <= error_of_six + 2.0**-18 * tiles.double().abs().sum(dim=(1, 3))).all()
-
-
 def test_the_errors_of_a_block_are_added_in_the_order_of_the_gpu():
     # Along rows one after the other: 2^24 + 1 is rounded to 2^24, twice.
     errors = torch.zeros(1, 16, 1, 16)
@@ -263,10 +251,7 @@ def test_every_float_dtype_and_shape_is_quantized(dtype):
     assert torch.equal(quant.quantize_nvfp4(x).dequantize(dtype), got)
 
 
-def test_extremes_survive_and_what_is_no_number_is_refused_or_seen():
-    for value in (3e38, 1e-30, 1.0, 0.0):
-        x = torch.full((4, 32), value, dtype=torch.bfloat16)
-        assert torch.allclose(quant.fake_quantize_nvfp4(x).float(), x.float(), rtol=0.01)
+def test_what_is_no_number_is_refused_or_seen():
     for value in (float("nan"), float("inf"), -float("inf")):
         x = torch.randn(3, 32)
         x[1, 5] = value

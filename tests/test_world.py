@@ -20,30 +20,6 @@ def test_a_tenth_of_the_captions_is_held_out():
     assert held_out | train == set(world.CAPTIONS)
 
 
-def test_pictures_show_what_the_captions_say():
-    prompts = [
-        "a large plain red circle in the middle",
-        "a small plain blue circle in the middle",
-        "a large plain green ring in the middle",
-        "a small plain red square on the left",
-        "a large striped yellow square in the middle",
-    ]
-    images = world.draw(prompts, torch.Generator().manual_seed(0))
-    assert images.shape == (5, 3, 32, 32) and images.dtype == torch.float32
-    assert images.min() >= 0 and images.max() <= 1
-    assert torch.equal(images, world.draw(prompts, torch.Generator().manual_seed(0)))
-    assert not torch.equal(images, world.draw(prompts, torch.Generator().manual_seed(1)))
-    centre = images[:, :, 16, 16]
-    assert centre[0].argmax() == 0 and centre[1].argmax() == 2  # red, blue
-    assert centre[2].min() > 0.8  # a ring has the paper's colour in its middle
-    inked = (images.amin(dim=1) < 0.7).flatten(1).sum(dim=1)
-    assert inked[0] > 2 * inked[1]  # radius 9.5 and 5.5
-    columns = (images[3].amin(dim=0) < 0.7).nonzero()[:, 1].float()
-    assert columns.mean() == pytest.approx(10, abs=1.5)  # 6 left of the middle
-    rows = images[4, 0, 10:22, 10:22]
-    assert rows.max() - rows.min() > 0.5  # stripes
-
-
 def test_the_shipped_models_are_small_and_in_bf16():
     files = [path for path in world.TINY.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 12 * 2**20
