@@ -58,13 +58,13 @@ def test_candidates_are_taken_with_all_that_belongs_to_them_in_the_order_asked_f
     "stage, of, reward, indices",
     [
         ("explore", "train", "reward", [1] * 7),
-        ("evaluate", "held_out", "eval_reward", [0, 1, 1, 0, 1, 0, 0]),
+        ("evaluate", "held_out", "eval_reward", [0, 1, 1]),
     ],
 )
 def test_images_are_drawn_and_scored_in_micro_batches_in_their_order(stage, of, reward, indices):
-    """Of one prompt, as in a pool, and of a prompt each, as in an evaluation."""
+    """Of one prompt, as in a pool, and one micro-batch of a prompt each, as in an evaluation."""
     run = train.Run(train.parse_options([*MINIATURE, "--micro_batch", "3"]))
-    model, seeds, scored = run.model, candidate_seeds(0, 0, 0, 7), []
+    model, seeds, scored = run.model, candidate_seeds(0, 0, 0, len(indices)), []
     all_prompts, all_metadata = getattr(run, of)
     all_metadata[1]["place"] = 1
 
@@ -77,7 +77,8 @@ def test_images_are_drawn_and_scored_in_micro_batches_in_their_order(stage, of, 
     text = texts.take(0) if stage == "explore" else texts
     got = train.draw(run, stage, model.transformer, indices, text, seeds, 2)
     assert (got.indices, got.seeds) == (indices, seeds)
-    for part, (images, prompts, metadata) in zip(([0, 1, 2], [3, 4, 5], [6]), scored, strict=True):
+    parts = [part.tolist() for part in torch.arange(len(seeds)).split(3)]
+    for part, (images, prompts, metadata) in zip(parts, scored, strict=True):
         part_seeds = [seeds[i] for i in part]
         expected = draw(model, model.transformer, texts.take(part), part_seeds, 2)
         assert torch.equal(got.latents[part], expected[0]) and torch.equal(images, expected[1])
