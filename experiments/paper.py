@@ -235,6 +235,7 @@ def show(values, form=".3f"):
 
 OWN = {  # columns -> (format, function of a Run)
     "reward before": (".4f", lambda run: run.rewards[0]),
+    "reward after": (".4f", lambda run: run.rewards[-1]),
     "gain at 25%": (".4f", lambda run: run.reward_at(0.25) - run.rewards[0]),
     "gain at 50%": (".4f", lambda run: run.reward_at(0.5) - run.rewards[0]),
     "gain at 75%": (".4f", lambda run: run.reward_at(0.75) - run.rewards[0]),

@@ -4,7 +4,7 @@
 
 Every process holds the whole model and draws its share of an iteration's prompts. All else is the
 same computation in each process, so that the policies stay equal. Prompts, and not images, are
-shared out, and gradients are summed in float64: the micro-batches and the sums are the same for any
+shared out, and gradients are summed: the micro-batches and the sums are the same for any
 number of processes. If a process fails, torchrun ends the others; the last checkpoint stays.
 """
 

@@ -49,7 +49,7 @@ def test_a_row_has_its_own_gains_and_the_leads_of_pairs_of_a_model_and_a_seed(re
         recorded(f"{model} 0 --pool 4", rewards)
     given = SimpleNamespace(models=["sana", "flux"], seeds=[0])
     _, rows = paper.compare(given, ["", "--pool 4"], ["paper 1", "paper 2"])
-    gains = ["0.1000", "0.3000", "0.3000", "-0.1000", "0.2000", "0.3000"]
+    gains = ["0.1000", "0.3000", "0.3000", "0.3000", "-0.1000", "0.2000", "0.3000"]
     scores, leads = ["5.0%", "15.0%", "90.0%", "70.0%"], ["-0.2000", "+0.2000", "78%"]
     assert rows[1] == ["sana", "--pool 4", *gains, *scores, *leads, "paper 2"]
     assert rows[0][-4:] == ["", "", "", "paper 1"]
