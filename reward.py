@@ -147,7 +147,9 @@ def execute(path, modified):
 
 def read_image(path):
     """A picture file -> float32 (1, 3, H, W) in [0, 1]: as it is shown upright, on white."""
-    image = ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
+    image = Image.open(path)
+    require(image.mode[0] not in "IF", f"{path}: has more than 8 bits a colour; give one of 8 bits")
+    image = ImageOps.exif_transpose(image).convert("RGBA")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return torch.tensor(np.asarray(image)).permute(2, 0, 1)[None] / 255
 

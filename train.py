@@ -390,7 +390,9 @@ class Run:
             prompts = self.train.prompts, self.held_out.prompts
             judges, notes = world.judges(*prompts, c.resolution)
             measured, self.notes = measured + judges, self.notes + notes
-        measured = [(name, 0.0, function) for name, _, function in measured]
+        trained = {name for name, *_ in self.reward.parts}
+        names = [name + " (measured)" * (name in trained) for name, *_ in measured]
+        measured = [(name, 0.0, function) for name, (*_, function) in zip(names, measured)]
         self.eval_reward = Reward([*self.reward.parts, *measured])
         self.copies, self.layers, self.backends = {}, [], []
         for precision in dict.fromkeys(["bf16", *(stage.precision for stage in self.stages)]):

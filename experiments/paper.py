@@ -425,6 +425,8 @@ def contrast(pool, keep, rho=1.0, pools=20_000):
 def budget(given):
     """What each pool costs, relative to 24 of 24, to reach the same reward. The signal of an update
     is proportional to the contrast, so the number of updates falls as the contrast rises."""
+    require(min(given.speed_up) > 0, f"--speed_up {min(given.speed_up):g}: must be above 0")
+    require(-1 <= given.rho <= 1, f"--rho {given.rho:g}: must be from -1 to 1")
     c = train.parse_options(["--model=sana", "--device=cpu"])
     columns = ["pool", "contrast", "updates", *(f"cost at speed-up {s:g}" for s in given.speed_up)]
     rows, signals = [], [contrast(n, c.keep, given.rho) for n in POOLS]
@@ -608,7 +610,7 @@ def main(argv):
         with open(temporary, "w", newline="") as file:
             csv.writer(file).writerows([[*columns, "made by"], *([*row, made] for row in rows)])
     with written_whole(RESULTS) as temporary:
-        temporary.write_text(fill(RESULTS.read_text()))
+        temporary.write_text(fill(RESULTS.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

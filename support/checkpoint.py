@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 
 from support import distributed
 from support.errors import InputError, Stopped, one_line, require, written_whole
@@ -43,7 +43,7 @@ def save(folder, step, policies, optimizer, options):
     the first process writes. policies: {name: list of parameters}; options: a dict for JSON.
     Returns the path. Raises OSError, after which the earlier checkpoints are as they were."""
     path = Path(folder, "checkpoints", f"step_{step:06d}")
-    if distributed.RANK > 0 or path.exists():  # one of this step holds the same
+    if distributed.RANK > 0:
         return path
     tensors = numbered(policies)
     for i, state in optimizer.state_dict()["state"].items():
@@ -52,6 +52,7 @@ def save(folder, step, policies, optimizer, options):
         unfinished.mkdir(parents=True, exist_ok=True)
         save_file({k: v.contiguous() for k, v in tensors.items()}, unfinished / "state.safetensors")
         (unfinished / "run.json").write_text(json.dumps({"step": step, "options": options}))
+        shutil.rmtree(path, ignore_errors=True)  # of a run that is resumed, with other options
     for old in [p for p in paths(folder) if p.name <= path.name][:-KEPT]:
         shutil.rmtree(old, ignore_errors=True)
     return path
@@ -73,8 +74,9 @@ def newest(folder):
     for path in reversed(paths(folder)):
         try:
             run = json.loads((path / "run.json").read_text())
-            tensors = load_file(path / "state.safetensors")
-            return Checkpoint(path, run["step"], run["options"], tensors)
+            # Not by load_file: Windows cannot delete a file that is mapped into memory.
+            tensors = load((path / "state.safetensors").read_bytes())
+            return Checkpoint(path, run["step"], dict(run["options"]), tensors)
         except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
             distributed.say(f"{path}: cannot be read ({one_line(error)}); trying the one before")
     raise InputError(f"--resume {folder}: there is no checkpoint in it that can be read")

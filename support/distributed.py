@@ -19,9 +19,11 @@ from tqdm import tqdm
 
 from support.errors import InputError
 
-RANK = int(os.environ.get("RANK") or 0)  # torchrun sets these three
+# torchrun sets these three. Without WORLD_SIZE the others mean nothing.
 WORLD = int(os.environ.get("WORLD_SIZE") or 1)
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK") or 0)
+RANK, LOCAL_RANK = (
+    int(os.environ.get(name) or 0) if WORLD > 1 else 0 for name in ("RANK", "LOCAL_RANK")
+)
 
 
 @contextlib.contextmanager

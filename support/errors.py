@@ -59,9 +59,9 @@ def exit_code(program, function):
     except KeyboardInterrupt:
         code, line = 130, "stopped at once; checkpoints written before can be used"
     except (MemoryError, RuntimeError) as error:
-        reason = one_line(error).split(". ")[0]
-        if not isinstance(error, MemoryError) and not re.search(OUT_OF_MEMORY, reason):
+        if not isinstance(error, MemoryError) and not re.search(OUT_OF_MEMORY, str(error)):
             raise
+        reason = one_line(error).split(". ")[0]
         advice = "lower --micro_batch, --train_micro_batch or --resolution"
         code, line = 1, f"{reason}; {advice}"
     print(f"{program}: {line}", file=sys.stderr)  # torchrun itself says which process failed

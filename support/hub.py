@@ -7,15 +7,16 @@ from huggingface_hub import errors, model_info, snapshot_download
 from support.errors import InputError, one_line
 
 
-def fetch(repository, patterns, whole=False):
+def fetch(repository, patterns, whole=False, optional=()):
     """The folder with a repository's files of these patterns, from the hub or else its cache.
-    whole: errors advise to download the whole repository. Raises InputError."""
+    whole: errors advise to download the whole repository; optional: patterns of files that may be
+    missing. Raises InputError."""
     reason = "a file is missing"
     for local in (False, True):
         try:
             if not local:
                 model_info(repository, timeout=5)  # snapshot_download alone can wait for minutes
-            options = dict(allow_patterns=list(patterns), local_files_only=local)
+            options = dict(allow_patterns=[*patterns, *optional], local_files_only=local)
             folder = Path(snapshot_download(repository, **options))
             if all(any(folder.glob(pattern)) for pattern in patterns):
                 return folder

@@ -321,6 +321,8 @@ def load(name, folder=None, resolution=None, solver=None, device="cpu", dtype=No
             missing = sorted(info["missing_keys"])
             require(not missing, f"{part} lacks the weights {missing[:3]}")
         pipe = model_class.pipeline.from_pretrained(folder, **encoders, **options).to(device)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # broken files raise exceptions of any kind
         raise InputError(f"--pretrained {folder}: cannot be loaded: {one_line(error)}") from error
     for part in (pipe.transformer, pipe.vae, *encoders.values()):
@@ -331,7 +333,7 @@ def load(name, folder=None, resolution=None, solver=None, device="cpu", dtype=No
 def attention_for_training(device):
     """A context in which attention is fast with gradients. On a CPU the backward pass of PyTorch's
     fused kernel takes longer than that of plain matmuls, which need more memory."""
-    if device == "cpu":
+    if torch.device(device).type == "cpu":
         return sdpa_kernel(SDPBackend.MATH)
     return contextlib.nullcontext()
 
@@ -370,7 +372,11 @@ def add_lora(model, rank, alpha, path=""):
 def read_lora(model, rank, alpha, path):
     """A LoRA as {"LAYER.lora_A.weight" or "LAYER.lora_B.weight": float32}, with lora_B scaled to
     this alpha. Raises an exception of any kind unless every tensor of the file has a place here."""
-    folder = Path(path) if Path(path).exists() else fetch(path, ["*.safetensors"])
+    folder = (
+        Path(path)
+        if Path(path).exists()
+        else fetch(path, ["*.safetensors"], optional=["adapter_config.json"])
+    )
     files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else [folder]
     require(len(files) == 1, f"give one safetensors file; here are {[f.name for f in files]}")
     with safe_open(files[0], "pt") as file:

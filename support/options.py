@@ -60,6 +60,9 @@ def parse(config_class, argv, paper, tiny):
     out = Path(config.output_dir)
     taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
     require(not taken, f"--output_dir {out}: is taken; choose another, or --resume {out}")
+    above = next(path for path in out.absolute().parents if path.exists())
+    usable = above.is_dir() and os.access(above, os.W_OK)
+    require(usable, f"--output_dir {out}: {above} is no folder to write in; choose another")
     return check(config)
 
 
@@ -85,10 +88,13 @@ def resumed(parser, config_class, argv, folder):
     problem = "another version of this program made the run; start a new one"
     require(saved.keys() == known, f"{where}: {problem}")
     parser.set_defaults(**saved)
-    given = absolute(vars(parser.parse_args(argv)) | dict(resume=folder, output_dir=folder))
-    named = {word.split("=")[0] for word in argv}
+    named = {word.split("=")[0].replace("-", "_") for word in argv}
+    given = absolute(vars(parser.parse_args(argv)) | dict(resume=folder))
+    other = Path(given["output_dir"]).resolve() != Path(folder).resolve()
+    require(not (other and "__output_dir" in named), f"{where}: continues there; no --output_dir")
+    given["output_dir"] = folder
     for name in ("reward", "eval_rewards"):  # a file is executed only if the user names it here
-        trusted = ".py:" not in saved[name] or f"--{name}" in named
+        trusted = ".py:" not in saved[name] or f"__{name}" in named
         advice = f"if you trust it, add --{name} {saved[name]}"
         require(trusted, f"{where}: the run executes a file; {advice}")
     for name, value in given.items():

@@ -122,7 +122,7 @@ class Report:
 
     def __init__(self, run, options, num_times):
         self.run, self.options, self.num_times = run, options, num_times
-        self.folder = Path(options["output_dir"])
+        self.folder, self.commit = Path(options["output_dir"]), commit()
         n = len(run.held_out.prompts)
         self.shown = sorted({i * n // 8 for i in range(8)})  # the held-out prompts in pictures
         self.lines = []  # of metrics.jsonl, one per step
@@ -158,13 +158,14 @@ class Report:
         self.bar.close()
 
     def _work(self, step):
-        """A process's share of the network evaluations up to the evaluation after a step."""
-        c = self.run.config
+        """This process's network evaluations up to the evaluation after a step."""
+        c, mine = self.run.config, distributed.mine
         counts = network_evaluations(self.run.num_candidates, self.run.stages, self.num_times)
         evaluations = 1 + step // c.eval_every + (step == c.steps and step % c.eval_every > 0)
-        images = evaluations * len(self.run.held_out.prompts) * c.eval_images
-        work = step * c.prompts_per_step * sum(counts.values()) + images * c.eval_steps
-        return work // distributed.WORLD
+        images = range(len(self.run.held_out.prompts) * c.eval_images)
+        drawn = sum(len(images[i : i + c.micro_batch]) for i in mine(images[:: c.micro_batch]))
+        prompts = len(mine(range(c.prompts_per_step)))
+        return step * prompts * sum(counts.values()) + evaluations * drawn * c.eval_steps
 
     def _tracker(self):
         """A function of metrics and step, for --report_to."""
@@ -199,17 +200,27 @@ class Report:
         return any(line["step"] == step for line in self.evaluations)
 
     def resume(self, step):
-        """Take up the log as it was after `step`: later lines and an unfinished last line are left
-        out. Raises InputError if the log of the steps before is not complete."""
+        """Take up the log as it was after `step`; later lines are left out. Raises InputError if
+        the log of the steps before cannot be read."""
         path = self.folder / "metrics.jsonl"
-        lines = path.read_text().splitlines()[: step + 1] if path.exists() else []
-        complete = len(lines) > step or step == 0  # at 0 the first evaluation may not be done
-        require(complete, f"{path}: does not have the steps 0 to {step}; start a new run")
-        for line in map(json.loads, lines):
+        try:
+            lines = [json.loads(line) for line in path.read_text().splitlines()[: step + 1]]
+        except (OSError, ValueError):
+            lines = []
+        complete = len(lines) > step or step == 0  # step 0 is simply evaluated again
+        require(complete, f"{path}: lacks some of the steps 0 to {step}; start a new run")
+        for line in lines:
             self.lines.append({k: math.nan if v is None else v for k, v in line.items()})
         self._write_log()
+        self._write_config()
         self.bar.initial = self.bar.n = self._work(step)
         say(f"continuing after step {step}")
+
+    def _write_config(self):
+        names = ("torch", "diffusers", "transformers", "peft")
+        config = dict(config=self.options, backend=self.run.backends, layers=self.run.layers)
+        config |= dict(versions={name: version(name) for name in names}, commit=self.commit)
+        self._write("config.json", Path.write_text, json.dumps(config, indent=1))
 
     def evaluated(self, step, drawn):
         """Log an evaluation and draw at most 8 of its images. drawn: the Candidates of
@@ -230,10 +241,7 @@ class Report:
             entries |= {"eval/gain": gain, "eval/gain_standard_error": error}
             text += f"  gain {gain:+.4f} +- {error:.4f}"
         else:
-            names = ("torch", "diffusers", "transformers", "peft")
-            config = dict(config=self.options, backend=self.run.backends, layers=self.run.layers)
-            config |= dict(versions={name: version(name) for name in names}, commit=commit())
-            self._write("config.json", Path.write_text, json.dumps(config, indent=1))
+            self._write_config()
         if "accuracy" in scores:
             text += f"  pictures that match their prompt {entries['eval/accuracy']:.0%}"
         images = len(drawn.seeds) // n  # of each prompt; the first one is shown
@@ -349,7 +357,8 @@ class Report:
         self._card(result)
         self._curve()
         steps = [line["step"] for line in self.evaluations]
-        frames = [Image.open(self.folder / HELD_OUT.format(step)) for step in steps]
+        files = [self.folder / HELD_OUT.format(step) for step in steps]
+        frames = [Image.fromarray(np.asarray(Image.open(file))) for file in files]
         ends = Image.fromarray(np.vstack(frames[:1] + frames[1:][-1:]))
         self._write("before_after.png", ends.save)
         film = dict(append_images=frames[1:], loop=0, save_all=True)

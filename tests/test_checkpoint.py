@@ -38,6 +38,13 @@ def test_the_last_two_checkpoints_stay(tmp_path):
     assert steps(tmp_path) == [10, 15]
 
 
+def test_a_checkpoint_is_written_again_with_the_options_of_a_resumed_run(tmp_path):
+    save(tmp_path, 2)
+    optimizer = torch.optim.AdamW([torch.ones(2)])
+    checkpoint.save(tmp_path, 2, {"ema": [torch.ones(2)]}, optimizer, {"steps": 4})
+    assert checkpoint.newest(tmp_path).options == {"steps": 4} and steps(tmp_path) == [2]
+
+
 PICKLE = b"cos\nmkdir\n(S'executed'\ntR."  # unpickled, it makes a folder
 DAMAGE = {
     "cut off": lambda state, run: state.write_bytes(state.read_bytes()[:-1]),
@@ -80,6 +87,7 @@ def test_a_full_disk_harms_no_checkpoint_before(owner, name, tmp_path, monkeypat
         (OSError(errno.ENOSPC, "No space left"), 1, "[Errno 28] No space left"),
         (SafetensorError("I/O error: No space left"), 1, "I/O error: No space left"),
         (torch.OutOfMemoryError("out of memory. Tried"), 1, "out of memory; lower --micro_batch"),
+        (RuntimeError("err == 0. CPU: can't allocate memory"), 1, "err == 0; lower --micro_batch"),
         (InputError("--pool 0: must\nbe 1"), 2, "error: --pool 0: must be 1"),
     ],
 )

@@ -40,9 +40,10 @@ def test_several_processes_without_torchrun_are_bad_input(monkeypatch, capsys):
     assert train.main([]) == 2 and "torchrun" in error_line(capsys.readouterr().err)
 
 
-def test_an_empty_variable_of_torchrun_is_as_none(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.setenv(name, "")
+@pytest.mark.parametrize("rank", ["", "1"])
+def test_an_empty_variable_of_torchrun_is_as_none_and_a_rank_alone_means_nothing(rank, monkeypatch):
+    for name, value in (("RANK", rank), ("WORLD_SIZE", ""), ("LOCAL_RANK", rank)):
+        monkeypatch.setenv(name, value)
     found = runpy.run_path(distributed.__file__)
     assert (found["RANK"], found["WORLD"], found["LOCAL_RANK"]) == (0, 1, 0)
 

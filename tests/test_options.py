@@ -65,6 +65,7 @@ def test_what_is_given_wins_constants_are_no_options_and_help_names_every_option
         ("--model dalle", "--model: invalid choice: 'dalle'"),
         ("--report_to wandb", "--report_to wandb: not installed; pip install wandb"),
         ("--keep 7", "--keep 7: must be even"),
+        ("--output_dir GOOD.txt/run", "GOOD.txt is no folder to write in"),
         ("--keep 24 --pool 23", "--keep 24: must be at most --pool 23"),
         ("--resolution 36", "multiple of 8"),
         ("--model sd3 --resolution 96", "positions up to 64"),
