@@ -4,11 +4,9 @@
     torchrun --nproc_per_node=8 train.py ...  # on 8 GPUs
 
 One iteration. Steps 1 to 3 are done for each of P prompts, and in them the old policy draws.
-    1. Explore      an NVFP4 copy of it draws N images from N seeds in few steps; a reward model
-                    scores them (proxy rewards)
+    1. Explore      an NVFP4 copy draws N images, one per seed, in few steps; they get proxy rewards
     2. Select       keep the seeds of the K / 2 best and the K / 2 worst, and nothing else
-    3. Regenerate   a BF16 copy draws K images x_0 from the noise of these seeds; the reward model
-                    scores them again (rewards R)
+    3. Regenerate   a BF16 copy draws K images x_0 from the noise of these seeds; they get rewards R
     4. Update       compute advantages A from R alone; make one optimizer step on the DiffusionNFT
                     loss of all P K images; the old policy and the EMA follow the policy
 
