@@ -389,8 +389,7 @@ class Run:
             judges, notes = world.judges(*prompts, c.resolution)
             measured, self.notes = measured + judges, self.notes + notes
         trained = {name for name, *_ in self.reward.parts}
-        names = [name + " (measured)" * (name in trained) for name, *_ in measured]
-        measured = [(name, 0.0, function) for name, (*_, function) in zip(names, measured)]
+        measured = [(n + " (measured)" * (n in trained), 0.0, f) for n, _, f in measured]
         self.eval_reward = Reward([*self.reward.parts, *measured])
         self.copies, self.layers, self.backends = {}, [], []
         for precision in dict.fromkeys(["bf16", *(stage.precision for stage in self.stages)]):

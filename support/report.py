@@ -284,6 +284,8 @@ class Report:
     def _draw(self, name, title, columns, rows):
         """Write rows of pictures with their rewards. columns: a title for each, or ""; rows:
         [(label, Candidates)]."""
+        if distributed.RANK > 0:
+            return
         size = (1.3 * len(columns) + 0.4, 1.65 * len(rows) + 0.6)
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots(len(rows), len(columns), squeeze=False)
@@ -389,12 +391,14 @@ class Report:
         reward = ",".join(f"{name}:{weight:g}" for name, weight, _ in self.run.reward.parts)
         scheduler = model.scheduler(options["rollout_steps"])
         solver, pipeline = type(scheduler).__name__, model.pipeline.__name__
-        usual = type(scheduler)().config
-        settings = ", ".join(
-            f"{name}={value!r}"
-            for name, value in scheduler.config.items()
-            if name[0] != "_" and value != usual.get(name, value)
-        )
+        usual, settings = type(scheduler)().config, {True: [], False: []}
+        for name, value in scheduler.config.items():
+            if name[0] != "_" and value != usual.get(name):
+                settings[name in usual].append(f"{name}={value!r}")
+        made = f"{solver}({', '.join(settings[True])})"
+        # FLUX.1's pipeline looks for its shift in the configuration of any scheduler.
+        more = ", ".join(settings[False])
+        made += f"\npipe.scheduler.register_to_config({more})" if more else ""
         steps, side = options["eval_steps"], options["resolution"]
         call = dict(height=side, width=side, guidance_scale=1.0, num_inference_steps=steps)
         call = "".join(f"    {k}={v},\n" for k, v in (call | model.call(steps)).items())
@@ -415,7 +419,7 @@ import torch
 from diffusers import {pipeline}, {solver}
 
 pipe = {pipeline}.from_pretrained({base!r}, dtype=torch.bfloat16{variant})
-pipe.scheduler = {solver}({settings})
+pipe.scheduler = {made}
 pipe.load_lora_weights({lora!r})  # the folder of this file
 image = pipe(
     "a prompt",
