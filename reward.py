@@ -18,7 +18,6 @@ import argparse
 import copy
 import functools
 import importlib.util
-import re
 import reprlib
 import sys
 from pathlib import Path
@@ -102,13 +101,12 @@ def build_reward(spec, device="cpu", clip=None, option="--reward"):
     once, and loads weights only if all of the specification is right. clip: see CLIPScore. option:
     the option that errors name. Raises InputError."""
     weights, functions = {}, {}
-    number = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?"
     for item in spec.split(","):
-        name, weight = re.fullmatch(rf"(?s)(.*?)(?::({number}))?", item.strip()).groups("1")
-        usable = 0 < abs(float(weight)) < np.inf
+        name, weight = preference.split_weight(item)
+        usable = 0 < abs(weight) < np.inf
         require(usable, f"{option} {item}: a weight must be a finite number, not 0")
         require(name not in weights, f"{option} {spec!r}: {name} is in it twice")
-        weights[name] = float(weight)
+        weights[name] = weight
         functions[name] = PUBLISHED.get(name) or user_function(name, option)
     for name in [name for name in weights if name in PUBLISHED]:
         more = [clip] if name == "clipscore" else []

@@ -14,6 +14,7 @@ from transformers import HfArgumentParser
 
 from support import checkpoint, distributed
 from support.errors import InputError, require
+from support.preference import split_weight
 
 # A resumed run may change these options: no number of the training depends on the first four, and
 # only roundings depend on the others. All other options must be as they were.
@@ -120,13 +121,10 @@ def absolute(options):
 
 def absolute_reward(item):
     """One reward of a weighted sum: "mine.py:red:0.50" -> "/path/to/mine.py:red:0.5"."""
-    name, _, weight = item.strip().rpartition(":")
-    try:
-        weight = "" if float(weight) == 1 else f":{float(weight)}"
-    except ValueError:  # it has no weight
-        name, weight = item.strip(), ""
+    name, weight = split_weight(item)
     file, is_file, function = name.rpartition(".py:")
-    return (f"{Path(file).resolve().as_posix()}.py:{function}" if is_file else name) + weight
+    name = f"{Path(file).resolve().as_posix()}.py:{function}" if is_file else name
+    return name if weight == 1 else f"{name}:{weight}"
 
 
 def check(c):

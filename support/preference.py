@@ -61,6 +61,13 @@ def square_pixels(images, side):
 CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # tokenizer and sizes of PickScore and HPSv2
 
 
+def split_weight(item):
+    """NAME:WEIGHT, one reward of a weighted sum -> (NAME, WEIGHT); without a weight it is 1.0."""
+    number = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?"
+    name, weight = re.fullmatch(rf"(?s)(.*?)(?::({number}))?", item.strip()).groups("1")
+    return name, float(weight)
+
+
 class CLIPReward:
     """A CLIP model in float32; subclasses turn its cosine into a score.
 
