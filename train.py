@@ -209,8 +209,8 @@ def iteration(run, step):
         # In sol_rl: explore (NVFP4, 6 steps, K of N kept), then regenerate (BF16, 10 steps).
         for stage in run.stages:
             network = run.copies[stage.precision]  # the old policy in this precision
-            of_prompt = [index] * len(seeds)
-            candidates = draw(run, stage.name, network, of_prompt, text, seeds, stage.steps)
+            prompt_indices = [index] * len(seeds)
+            candidates = draw(run, stage.name, network, prompt_indices, text, seeds, stage.steps)
             # Select: nothing but the seeds reaches the next stage.
             if stage.num_kept:
                 candidates = candidates.take(select(candidates.rewards, stage.num_kept))
