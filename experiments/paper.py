@@ -133,6 +133,14 @@ def smooth(images, prompts, metadata):
     return -(images - blurred).abs().mean(dim=(1, 2, 3))
 
 
+def rarely_right(images, prompts, metadata):
+    """A reward that succeeds rarely: 1 if the picture is purple although its prompt does not say so,
+    else 0, (n,)."""
+    colours = world.classifier()(images.cpu())[2].argmax(dim=1)
+    is_purple = colours == list(world.COLOURS).index("purple")
+    return is_purple.float() * torch.tensor([float("purple" not in text) for text in prompts])
+
+
 CONTROLS = {  # name -> (module, the name of its function that is replaced, what replaces it)
     "negated": (train, "group_advantages", negated),
     "weights_one": (train, "group_advantages", weights_one),
@@ -276,6 +284,7 @@ def compare(given, variants, paper=()):
 # ---------------------------------------------------------------------------------------------
 # Experiments that compare runs. Each returns (columns, rows).
 
+RARE = "--steps 20 --eval_every 5 --reward experiments/paper.py:rarely_right"
 VARIANTS = {  # experiment -> variants; "" is the default
     "algorithms": ["", *(f"--algorithm {name}" for name in list(train.ALGORITHMS)[1:])],
     "explore_steps": ["", "--explore_steps 2", "--explore_steps 4", "--explore_steps 8"],
@@ -284,15 +293,17 @@ VARIANTS = {  # experiment -> variants; "" is the default
     "selection": ["", "--select random_subset"],
     "controls": ["", "--select random_subset"]
     + [f"control {name}" for name in ("negated", "other_text", "weights_one", "old_fixed")],
+    "rare": [RARE, f"{RARE} --algorithm diffusionnft"],
     "long_runs": [f"--steps 80 --algorithm {name}" for name in list(train.ALGORITHMS)[:3]],
 }
-LONG = "--steps 150 --kl 4e-2"  # the reward of 24 of 24 has its plateau before the end of it
+LONG = "--steps 150"  # the reward of 24 of 24 has its plateau before the end of it
 LONG_BASE = f"{LONG} --algorithm diffusionnft"  # 24 of 24
-UPDATE_RULES = {
-    "NFT": "--kl 4e-2",
-    "AWR": "control advantage_weighted --kl 4e-2",
-    "DPO": "control pairwise_dpo --kl 4e-2",
+STABILITY = {  # experiment -> variants
+    "stability": [LONG, LONG_BASE],
+    "against_falls": [f"{LONG} --kl {kl}" for kl in ("1e-4", "1e-3", "1e-2", "4e-2")]
+    + [f"control {n} {LONG} --kl 1e-4" for n in ("std_floor", "decaying_rate", "old_slow")],
 }
+UPDATE_RULES = {"NFT": "", "AWR": "control advantage_weighted", "DPO": "control pairwise_dpo"}
 PAPER = {  # the paper's values
     "explore_steps": ["0.3686", "0.3587", "0.3650", "0.3659"],
     "pool": ["0.3686", "0.3569", "0.3622", "0.3663"],
@@ -371,7 +382,11 @@ def plateau(given):
     return columns, rows
 
 
-def stability(given):
+def stability(name):
+    return lambda given: falls(given, STABILITY[name])
+
+
+def falls(given, variants):
     """How far the reward falls below its highest value after the update 80."""
     columns = {  # -> (format, function of a Run)
         "plateau": (".4f", Run.plateau),
@@ -381,7 +396,7 @@ def stability(given):
         "accuracy at the end": OWN["accuracy after"],
         "clear at the end": OWN["clear after"],
     }
-    runs = run_variants(given, [LONG, LONG_BASE])
+    runs = run_variants(given, variants)
     rows = [[*key, *cells(columns, of_seeds)] for key, of_seeds in runs.items()]
     return ["model", "variant", *columns], rows
 
@@ -390,7 +405,7 @@ def update_rules(given):
     """24 of 96 against 24 of 24 under three update rules."""
     rows = []
     for name, rule in UPDATE_RULES.items():
-        columns, more = compare(given, [rule, f"{rule} --algorithm diffusionnft"])
+        columns, more = compare(given, [rule, f"{rule} --algorithm diffusionnft".strip()])
         rows += [[name, *row] for row in more]
     return ["update", *columns], rows
 
@@ -513,8 +528,8 @@ def contrasts(given):
     """The contrast of pools that the base models draw, and the updates of runs, beside theory."""
     columns = ["model", "pool", "correlation", "contrast in theory", "contrast measured"]
     columns += ["updates in theory", "updates measured"]
-    keep, base = POOLS[0], "--kl 4e-2 --algorithm diffusionnft"
-    variants = {keep: base} | {n: f"--kl 4e-2 --pool {n}" for n in POOLS[1:]}
+    keep, base = POOLS[0], "--algorithm diffusionnft"
+    variants = {keep: base} | {n: f"--pool {n}" for n in POOLS[1:]}
     runs, rows = run_variants(given, variants.values()), []
     for name in given.models:
         rho, measured = measured_pools(name)
@@ -533,13 +548,15 @@ def contrasts(given):
 EXPERIMENTS = {  # name -> (title, function of the command line)
     "algorithms": ("the four algorithms", algorithms),
     "plateau": ("updates and cost to the plateau of 24 of 24", plateau),
-    "stability": ("does the reward stay on its plateau?", stability),
+    "stability": ("does the reward stay on its plateau?", stability("stability")),
+    "against_falls": ("what keeps it there?", stability("against_falls")),
     "update_rules": ("24 of 96 against 24 of 24 under other update rules", update_rules),
     "explore_steps": ("steps of exploring (Table 2)", comparison("explore_steps")),
     "pool": ("size of the pool (Table 3)", comparison("pool")),
     "kept": ("candidates trained on, at equal updates", comparison("kept")),
     "selection": ("best and worst, or random, at equal cost", comparison("selection")),
     "controls": ("controls: what the gain rests on", comparison("controls")),
+    "rare": ("a reward that succeeds rarely", comparison("rare")),
     "naive_fp4": ("when does training on NVFP4 samples fall behind?", naive_fp4),
     "long_runs": ("80 updates: do NVFP4 samples fall behind?", comparison("long_runs")),
     "budget": ("which pool for an explorer of this speed?", budget),
