@@ -439,18 +439,43 @@ def contrast(pool, keep, rho=1.0, pools=20_000):
 
 def budget(given):
     """What each pool costs, relative to 24 of 24, to reach the same reward. The signal of an update
-    is proportional to the contrast, so the number of updates falls as the contrast rises."""
+    is proportional to the contrast, so the number of updates falls as the contrast rises. The
+    figure has the number of updates that `contrasts` measured on SANA, too."""
     require(min(given.speed_up) > 0, f"--speed_up {min(given.speed_up):g}: must be above 0")
     require(-1 <= given.rho <= 1, f"--rho {given.rho:g}: must be from -1 to 1")
-    c = train.parse_options(["--model=sana", "--device=cpu"])
+    require(given.training >= 0, f"--training {given.training:g}: must be at least 0")
+    signals = [contrast(n, POOLS[0], given.rho) for n in POOLS]
+    updates = [signals[0] / signal for signal in signals]
+    with open(DATA / "contrasts.csv", newline="") as file:
+        cells = [r["updates measured"] for r in csv.DictReader(file) if r["model"] == "sana"]
+    measured = [float(cell.split("%")[0]) / 100 for cell in cells]
+
+    def cost(n, share, speed_up):
+        base = POOLS[0] * ROLLOUT_STEPS + given.training  # 24 of 24 does not explore
+        explored = n * EXPLORE_STEPS / speed_up if n > POOLS[0] else 0
+        return share * (explored + base) / base
+
+    figure = Figure(figsize=(6, 4), layout="tight")
+    axis, costs = figure.subplots(), []
+    for speed_up, colour in zip(given.speed_up, [*COLOURS.values()] * 99):
+        theory, points = (
+            [cost(*of, speed_up) for of in zip(POOLS, u)] for u in (updates, measured)
+        )
+        axis.plot(POOLS, theory, color=colour, label=f"explorer {speed_up:g} times as fast")
+        axis.plot(POOLS, points, "o", color=colour)
+        costs.append(theory)
+    axis.plot([], [], "ko", label="with the measured updates")
+    axis.set(xscale="log", xlabel="candidates per prompt", ylabel="cost to the same reward, 24 = 1")
+    axis.set_xticks(POOLS, map(str, POOLS), minor=False)
+    axis.set_xticks([], minor=True)
+    axis.legend()
+    with written_whole(given.output) as path:
+        figure.savefig(path, dpi=110)
     columns = ["pool", "contrast", "updates", *(f"cost at speed-up {s:g}" for s in given.speed_up)]
-    rows, signals = [], [contrast(n, c.keep, given.rho) for n in POOLS]
-    # Evaluations of the network per prompt in an update. 24 of 24 does not explore.
-    base = c.keep * c.rollout_steps + evaluations(c)[1]
-    for n, signal in zip(POOLS, signals):
-        updates, explored = signals[0] / signal, n * c.explore_steps if n > c.keep else 0
-        costs = [updates * (explored / s + base) / base for s in given.speed_up]
-        rows.append([str(n), f"{signal:.2f}", f"{updates:.0%}", *(f"{cost:.2f}" for cost in costs)])
+    rows = [
+        [str(n), f"{signal:.2f}", f"{share:.0%}", *(f"{c:.2f}" for c in of_pool)]
+        for n, signal, share, *of_pool in zip(POOLS, signals, updates, *costs)
+    ]
     return columns, rows
 
 
@@ -459,15 +484,18 @@ def budget(given):
 
 POOL, KEEP, EXPLORE_STEPS, ROLLOUT_STEPS = 96, 12, 6, 10  # KEEP best and KEEP worst are compared
 COLUMNS = "kendall_tau spearman_rho top_match bottom_match top_rank bottom_rank".split()
+BEST = (4, 8, 12)  # of the proxy's order; their mean percentile is compared with Table 8's "match"
 # name -> (precision, steps, micro-batch)
 PROXIES = {name: (name, EXPLORE_STEPS, POOL) for name in train.quant.PRECISIONS}
 PROXIES |= {f"nvfp4, {n} steps": ("nvfp4", n, POOL) for n in (2, 4, 8, 10)}
 PROXIES |= {"nvfp4, micro-batches of 16": ("nvfp4", EXPLORE_STEPS, 16)}
 PROXIES |= {"nvfp4, every layer": ("nvfp4", EXPLORE_STEPS, POOL)}
-PAPER_RANKS = [
-    ["paper", "CLIPScore", "0.752", "0.900", "0.922", "", "", ""],
-    ["paper", "HPSv2; ranks of SANA", "0.827", "0.943", "0.939", "", "8.7", "87.4"],
-    ["paper", "HPSv2, FLUX.1", "", "", "", "", "8.4", "87.4"],
+PAPER_RANKS = [  # with the columns proxy, COLUMNS and BEST
+    ["CLIPScore, all models", "0.752", "0.900", "", "", "", "", "95.7%", "93.9%", "92.2%"],
+    ["CLIPScore, SANA, Euler", "", "", "", "", "11.2", "85.2", "", "", ""],
+    ["CLIPScore, FLUX.1, DPM", "", "", "", "", "12.7", "83.0", "", "", ""],
+    ["HPSv2, SD3.5 Medium, fp8", "", "", "", "", "7.7", "87.8", "", "", ""],
+    ["HPSv2, SD3.5 Medium, nvfp4", "", "", "", "", "8.6", "83.9", "", "", ""],
 ]
 
 
@@ -502,9 +530,17 @@ def fidelity(given):
             skip = () if proxy.endswith("every layer") else model.keep_bf16
             explorer, _ = make_copy(model, precision, skip)
             pools = pool_rewards(model, prompts, explorer, steps, micro_batch, POOL)
-            ranks = [train.selection.rank_fidelity(*pair, KEEP) for pair in zip(pools, truths)]
-            rows.append([name, proxy, *(show([rank[c] for rank in ranks]) for c in COLUMNS)])
-    return ["model", "proxy", *COLUMNS], rows + PAPER_RANKS
+            ranks = {
+                k: [train.selection.rank_fidelity(*pair, k) for pair in zip(pools, truths)]
+                for k in {KEEP, *BEST}
+            }
+            cells = [show([rank[c] for rank in ranks[KEEP]]) for c in COLUMNS]
+            for k in BEST:
+                above = [(POOL - rank["top_rank"]) / (POOL - 1) for rank in ranks[k]]
+                cells.append(show(above, ".1%"))
+            rows.append([name, proxy, *cells])
+    columns = ["model", "proxy", *COLUMNS, *(f"percentile of the best {k}" for k in BEST)]
+    return columns, rows + [["paper", *row] for row in PAPER_RANKS]
 
 
 def measured_pools(name):
@@ -598,6 +634,9 @@ def read_command_line(argv):
         if name == "budget":
             option("--speed_up", nargs="+", type=float, default=[1, 2, 4], help="of the explorer")
             option("--rho", type=float, default=0.9, help="correlation of proxy and reward")
+            text = "of 24 candidates, in evaluations of the network; default: 24 x 6 times x 5"
+            option("--training", type=float, default=720, help=text)
+            option("--output", type=Path, default="budget.png", help="the figure")
             continue
         option("--models", nargs="+", default=list(models.MODELS), choices=models.MODELS)
         if name == "fidelity":

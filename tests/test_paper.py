@@ -71,15 +71,19 @@ def test_costs_and_the_way_to_the_plateau_by_hand(recorded):
     assert run.fall(10) == pytest.approx(0.1) and run.fall(30) == pytest.approx(0.05)
 
 
-def test_contrast_is_that_of_the_kept_rewards():
+def test_contrast_is_that_of_the_kept_rewards(tmp_path):
     """The mean standard deviation of 24 normal numbers is .97; by simulation elsewhere the best and
     worst 12 of 96 have 1.68. A proxy that says nothing keeps 24 random ones."""
     assert paper.contrast(24, 24) == pytest.approx(0.97, abs=0.005)
     assert paper.contrast(96, 24) == pytest.approx(1.68, abs=0.005)
     assert paper.contrast(96, 24, rho=0.0) == pytest.approx(0.97, abs=0.005)
-    _, rows = paper.budget(SimpleNamespace(speed_up=[1, 3], rho=1.0))
-    # An update trains in 24 x 6 x 5 = 720. 96: 576 / s + 240 + 720 beside 960, times .97 / 1.68.
-    assert rows[2] == ["96", "1.68", "58%", "0.92", "0.69"]
+    figure = tmp_path / "budget.png"
+    given = SimpleNamespace(speed_up=[1, 3], rho=1.0, training=720, output=figure)
+    _, rows = paper.budget(given)
+    # 96: 576 / s + 240 + 720 beside 960, times .97 / 1.68.
+    assert rows[2] == ["96", "1.68", "58%", "0.92", "0.69"] and figure.exists()
+    given.training = 0  # 96: (576 / s + 240) / 240 x .58
+    assert paper.budget(given)[1][2][3:] == ["1.96", "1.04"]
 
 
 def test_ranks_are_the_true_ones_of_the_proxys_best_and_worst(monkeypatch):
@@ -95,13 +99,16 @@ def test_ranks_are_the_true_ones_of_the_proxys_best_and_worst(monkeypatch):
 
     monkeypatch.setattr(paper, "POOL", 4)
     monkeypatch.setattr(paper, "KEEP", 1)
+    monkeypatch.setattr(paper, "BEST", (1, 2))
     monkeypatch.setattr(paper, "draw", draw)
     monkeypatch.setattr(paper, "make_copy", lambda model, precision, skip: (precision, []))
     monkeypatch.setattr(paper, "build_reward", lambda *_, **__: lambda images, prompts: images)
     monkeypatch.setattr(models, "load", lambda name: model)
     given = SimpleNamespace(models=["sana"], prompts=1, precision="fp8", explore_steps=None)
     fp8, bf16 = [row for row in paper.fidelity(given)[1] if row[0] == "sana"]
-    assert fp8[-2:] == ["2.000", "1.000"] and bf16[-2:] == ["1.000", "4.000"]
+    # The percentile of rank 2 of 4 is 2 / 3; the best two of "fp8" have the ranks 2 and 3.
+    assert fp8[-4:] == ["2.000", "1.000", "66.7%", "50.0%"]
+    assert bf16[-4:] == ["1.000", "4.000", "100.0%", "83.3%"]
 
 
 def test_a_run_is_made_once_and_a_failed_one_is_named(recorded, monkeypatch):
