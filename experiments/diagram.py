@@ -59,7 +59,7 @@ def iteration():
     # The four policies, and what they give.
     box(axis, 12, 51, "EMA", "evaluated, saved", POLICY)
     box(axis, 12, 31, "policy", "learns", POLICY)
-    box(axis, 72, 31, "old policy", "draws all images", POLICY)
+    box(axis, 72, 31, "old policy", "draws for training", POLICY)
     box(axis, 12, -9, "base model", "never changes", POLICY)
     arrow(axis, (12, 36), (12, 46), text="follows", at=(13, 41))
     arrow(axis, (23.5, 33), (60.5, 33), text="follows, after each update", at=(26, 35.5))
