@@ -208,9 +208,9 @@ def iteration(run, step):
         text, kept = texts.take(i).to(c.device), []
         # In sol_rl: explore (NVFP4, 6 steps, K of N kept), then regenerate (BF16, 10 steps).
         for stage in run.stages:
-            network = run.copies[stage.precision]  # the old policy in this precision
+            copy = run.copies[stage.precision]  # the old policy in this precision
             prompt_indices = [index] * len(seeds)
-            candidates = draw(run, stage.name, network, prompt_indices, text, seeds, stage.steps)
+            candidates = draw(run, stage.name, copy, prompt_indices, text, seeds, stage.steps)
             # Select: nothing but the seeds reaches the next stage.
             if stage.num_kept:
                 candidates = candidates.take(select(candidates.rewards, stage.num_kept))
@@ -309,8 +309,8 @@ def step_prompts(c, num_prompts, step):
     return order[place * c.prompts_per_step :][: c.prompts_per_step].tolist()
 
 
-def draw(run, stage, network, indices, text, seeds, steps):
-    """Draw images with `network` and score them, one micro-batch after the other: Candidates.
+def draw(run, stage, transformer, indices, text, seeds, steps):
+    """Draw images with `transformer` and score them, one micro-batch after the other: Candidates.
 
     stage: "evaluate" or the name of a Stage; indices: the prompt's index for each seed, among the
     held-out or the training prompts; text: models.Text of one row for all seeds, or of a row for
@@ -321,7 +321,7 @@ def draw(run, stage, network, indices, text, seeds, steps):
         batch = slice(start, start + size)
         part = rollout.Candidates(indices[batch], text, seeds[batch])
         with run.clock(stage):
-            part.latents, images = rollout.draw(run.model, network, text, part.seeds, steps)
+            part.latents, images = rollout.draw(run.model, transformer, text, part.seeds, steps)
         prompts = [dataset.prompts[i] for i in part.indices]
         metadata = [dataset.metadata[i] for i in part.indices]
         check_finite(stage, prompts, part.seeds, latents=part.latents, images=images)
@@ -353,8 +353,8 @@ def evaluate(run):
         for i in distributed.mine(range(0, len(seeds), c.micro_batch)):
             batch = slice(i, i + c.micro_batch)
             text = texts.take(indices[batch]).to(c.device)
-            network, steps = run.copies["bf16"], c.eval_steps
-            part = draw(run, "evaluate", network, indices[batch], text, seeds[batch], steps)
+            copy, steps = run.copies["bf16"], c.eval_steps
+            part = draw(run, "evaluate", copy, indices[batch], text, seeds[batch], steps)
             parts.append(dataclasses.replace(part, text=None, latents=part.latents.cpu()))
         return rollout.join(distributed.gather(parts))
 
