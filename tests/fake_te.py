@@ -17,10 +17,10 @@ import quant
 from support import te
 
 
-def install(monkeypatch, version="2.20.2", sm=(10, 0), wrong_codes=0, output=lambda y: y):
-    """Put the substitute into sys.modules, on a GPU of compute capability `sm`. wrong_codes: added
-    to one byte of all codes; output: a function of each result. Returns counts of what was called.
-    """
+def install(monkeypatch, version="2.20.2", sm=(10, 0), wrong=None, output=lambda y: y):
+    """Put the substitute into sys.modules, on a GPU of compute capability `sm`. wrong: ("codes" or
+    "scales", "weight" or "input"), of which one byte is wrong; output: a function of each result.
+    Returns counts of what was called."""
     state = types.SimpleNamespace(recipe=None, calls=0, quantized_weights=0, unquantized=0)
     minor = int(version.split(".")[1])
 
@@ -101,7 +101,9 @@ def install(monkeypatch, version="2.20.2", sm=(10, 0), wrong_codes=0, output=lam
             scales = torch.full((-(-m // 128) * 128, -(-k // 64) * 4), 77, dtype=torch.uint8)
             scales[:m, : k // 16] = q.scales.view(torch.uint8)
             codes = q.codes.clone()
-            codes[3, 1] ^= wrong_codes
+            of = "weight" if self.how[0] == (16, 16) else "input"
+            codes[3, 1] ^= wrong == ("codes", of)
+            scales[3, 1] ^= wrong == ("scales", of)
             return types.SimpleNamespace(_rowwise_data=codes, _rowwise_scale_inv=scales)
 
     def module(name, **attributes):

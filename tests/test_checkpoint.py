@@ -36,6 +36,9 @@ def test_the_last_two_checkpoints_stay(tmp_path):
     for step in (0, 5, 10, 15):
         save(tmp_path, step)
     assert steps(tmp_path) == [10, 15]
+    for step in (11, 12):  # of a run that was resumed from the step 10
+        save(tmp_path, step)
+    assert steps(tmp_path) == [11, 12, 15]
 
 
 def test_a_checkpoint_is_written_again_with_the_options_of_a_resumed_run(tmp_path):

@@ -27,7 +27,8 @@ def test_a_run_of_two_processes_with_unequal_shares_is_that_of_one(tmp_path):
     for two, one in zip(lines(tmp_path / "two"), lines(tmp_path / "one"), strict=True):
         assert two.keys() == one.keys()
         for name in [name for name in one if not name.startswith("time/")]:
-            assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-4), name
+            near = 1e-4 if name.startswith(("eval/", "reward/")) else 1e-6  # some losses are small
+            assert two[name] == pytest.approx(one[name], rel=1e-3, abs=near), name
     two, one = (
         load_file(next((tmp_path / name / "lora").glob("*.s*s"))) for name in ("two", "one")
     )

@@ -1,4 +1,4 @@
-"""The house: which files there are, and which of them may import which."""
+"""Which files there are at the top level, and which of them may import which."""
 
 import ast
 import graphlib

@@ -33,15 +33,20 @@ def stored(folder, *argv, **changes):
 def test_defaults_are_the_papers_then_the_models_then_the_tiny_models():
     """The paper's: N = 96, K = 24, 48 prompts, steps, AdamW, rank; by model the authors' code."""
     published = ["--pretrained", "--prompts", "p.txt"]
-    sana, flux, sd3 = (vars(parse("--model", name, *published)) for name in ("sana", "flux", "sd3"))
+    configs = (parse("--model", name, *published) for name in ("sana", "flux", "sd3"))
+    sana, flux, sd3 = map(dataclasses.asdict, configs)
     paper = dict(pool=96, keep=24, prompts_per_step=48, explore_steps=6, rollout_steps=10)
-    paper |= dict(learning_rate=3e-4, lora_rank=32, pretrained="published")
+    paper |= dict(learning_rate=3e-4, lora_rank=32, kl=1e-4, nft_beta=1.0, adv_clip=5.0)
+    paper |= dict(advantage_std="all", ema_decay=0.9, resolution=1024, eval_steps=40)
+    paper |= dict(timestep_fraction=0.6, max_grad_norm=1.0, pretrained="published")
     assert (paper | dict(min_dim=2240, train_micro_batch=16)).items() <= sana.items()
-    own = dict(resolution=512, eval_steps=28, timestep_fraction=0.4, train_micro_batch=12)
-    assert (paper | own).items() <= flux.items()
-    assert (paper | dict(max_grad_norm=0.002, train_micro_batch=4)).items() <= sd3.items()
-    tiny = vars(parse())
-    assert train.TINY_DEFAULTS.items() <= tiny.items() and tiny["pool"] == 96
+    own = dict(resolution=512, eval_steps=28, timestep_fraction=0.4)
+    assert (paper | own | dict(min_dim=1000, train_micro_batch=12)).items() <= flux.items()
+    own = dict(max_grad_norm=0.002, min_dim=2432, train_micro_batch=4)
+    assert (paper | own).items() <= sd3.items()
+    tiny = dataclasses.asdict(parse())
+    own = dict(pool=96, prompts_per_step=2, learning_rate=3e-3, kl=4e-2, steps=40, min_dim=0)
+    assert own.items() <= tiny.items()
     assert tiny["output_dir"].startswith("runs/sana_sol_rl_")
 
 

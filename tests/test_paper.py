@@ -59,16 +59,17 @@ def test_a_row_has_its_own_gains_and_the_leads_of_pairs_of_a_model_and_a_seed(re
 def test_costs_and_the_way_to_the_plateau_by_hand(recorded):
     """The model is evaluated 96 x 6 + 24 x 10 times to draw, 24 x 4 times x 5 to train; 24 of 24
     draws in 240. The plateau is .5, the last third of four evaluations. With half of the updates
-    the cost ratio is 2 x 720 / 1296 = 1.11; with the rollout of 960 / 2.33 it is 1.61. The reward
-    falls from .4 to .1 after the update 20, and from .2 to .2 before."""
+    the cost ratio is 2 x 720 / 1296 = 1.11; with the rollout of 960 / 2.33 it is 1.61."""
     assert paper.evaluations(train.parse_options(["--model=flux"])) == (816, 480)
     recorded(f"flux 0 {paper.LONG} --algorithm diffusionnft", FIRST)
     recorded(f"flux 0 {paper.LONG}", FIRST, every=5)
     given = SimpleNamespace(models=["flux"], seeds=[0])
     _, rows = paper.plateau(given)
     assert ["flux", "50%", "23.3", "11.7", "1.11", "1.61", "1.9"] in rows
-    run = recorded("falls", (0.1, 0.4, 0.3, 0.35))
+    run = recorded("falls", (0.1, 0.4, 0.3, 0.35))  # by .1 and by .05 below its highest reward
     assert run.fall(10) == pytest.approx(0.1) and run.fall(30) == pytest.approx(0.05)
+    run = recorded("six evaluations", (0.1, 0.2, 0.3, 0.4, 0.9, 0.7))
+    assert run.plateau() == pytest.approx(0.8)
 
 
 def test_contrast_is_that_of_the_kept_rewards(tmp_path):
@@ -84,6 +85,20 @@ def test_contrast_is_that_of_the_kept_rewards(tmp_path):
     assert rows[2] == ["96", "1.68", "58%", "0.92", "0.69"] and figure.exists()
     given.training = 0  # 96: (576 / s + 240) / 240 x .58
     assert paper.budget(given)[1][2][3:] == ["1.96", "1.04"]
+
+
+def test_the_measured_contrast_is_of_the_true_rewards_of_seeds_that_the_proxy_chooses(monkeypatch):
+    """True rewards 0, 1, 2, 3: the std is 1.118. The proxy keeps 1 and 2, whose std is .5."""
+    rewards = iter([torch.tensor([[5.0, 9.0, 1.0, 4.0]]), torch.tensor([[0.0, 1.0, 2.0, 3.0]])])
+    model = SimpleNamespace(transformer=None, keep_bf16=())
+    monkeypatch.setattr(models, "load", lambda name: model)
+    monkeypatch.setattr(paper, "make_copy", lambda *_: (None, []))
+    monkeypatch.setattr(paper, "pool_rewards", lambda *_: next(rewards))
+    monkeypatch.setattr(paper, "POOLS", (2, 4))
+    rho, measured = paper.measured_pools("sana")
+    assert rho == pytest.approx(-0.43, abs=0.01) and measured[4] == [
+        pytest.approx(0.5 / 1.118, 1e-3)
+    ]
 
 
 def test_ranks_are_the_true_ones_of_the_proxys_best_and_worst(monkeypatch):
@@ -131,7 +146,8 @@ def test_a_run_is_made_once_and_a_failed_one_is_named(recorded, monkeypatch):
 
 
 def test_every_variant_is_a_command_line():
-    for options in map(str.split, [*sum(paper.VARIANTS.values(), []), *paper.NAIVE_FP4]):
+    variants = [*paper.VARIANTS.values(), *paper.STABILITY.values(), paper.NAIVE_FP4]
+    for options in map(str.split, [*sum(map(list, variants), []), *paper.UPDATE_RULES.values()]):
         control = options[0:2] if options[:1] == ["control"] else []
         train.parse_options(options[len(control) :])
         assert set("".join(control[1:]).split("+")) <= {"", *paper.CONTROLS}
@@ -148,6 +164,18 @@ def test_tables_of_the_page_are_those_of_the_files(tmp_path, monkeypatch):
     assert paper.fill(page.format("| old |\n")) == page.format(table)
 
 
+def test_an_answer_about_one_precision_is_only_printed(tmp_path, monkeypatch):
+    for name in ("DATA", "RESULTS"):
+        monkeypatch.setattr(paper, name, tmp_path / name)
+    paper.DATA.mkdir()
+    paper.RESULTS.write_text("")
+    monkeypatch.setitem(paper.EXPERIMENTS, "fidelity", ("", lambda given: (["a"], [["1"]])))
+    paper.main(["fidelity", "--precision", "fp8"])
+    assert not list(paper.DATA.iterdir())
+    paper.main(["fidelity"])
+    assert (paper.DATA / "fidelity.csv").read_text().startswith('a,made by\n1,"paper.py fidelity; ')
+
+
 def test_the_tables_of_results_are_those_of_docs_data():
     page = paper.RESULTS.read_text()
     assert paper.fill(page) == page
@@ -162,7 +190,7 @@ def gradients(nft_loss):
     v = v_old = 2, so that x_t = 1/2, x_0_hat = -1/2 and w = 1/2."""
     x_0, v = torch.zeros(2, 1, 1, 1), torch.full((2, 1, 1, 1), 2.0, requires_grad=True)
     t, advantages = torch.tensor([0.5, 0.5]), torch.tensor([3.0, -2.0])
-    nft_loss(v, v.detach(), v.detach(), x_0 + 0.5, x_0, t, advantages, kl=0.0)[0].backward()
+    nft_loss(v, v.detach(), v.detach(), x_0 + 0.5, x_0, t, advantages, 1.0, 5.0, 0.0)[0].backward()
     return v.grad.flatten().tolist()
 
 
@@ -174,13 +202,28 @@ def test_controls_do_what_they_say(monkeypatch):
     assert torch.equal(paper.weights_one(rewards, 5.0, "all"), torch.full((2, 3), 5.0))
     assert gradients(train.nft_loss) == pytest.approx([1.5, -1.0])
     assert gradients(paper.advantage_weighted) == pytest.approx([1.5, 0.0])
+    # The error's gradient by v is 1/2. The margin is 0, where logsigmoid has the slope 1/2.
+    assert gradients(paper.pairwise_dpo) == pytest.approx([100 / 4, -100 / 4])
+    near, far = torch.tensor([[0.1, 0.2]]), torch.tensor([[0.0, 1.0]])  # stds of .05 and .5
+    assert paper.std_floor(near).tolist() == [pytest.approx([-0.5, 0.5], abs=2e-3)]
+    assert paper.std_floor(far).tolist() == [pytest.approx([-1.0, 1.0], abs=2e-3)]
     samples, etas = [rollout.Candidates([i], f"text {i}", []) for i in range(3)], {}
+    monkeypatch.setattr(paper, "update", lambda run, *_: run.optimizer.param_groups[0]["lr"])
+    optimizer = torch.optim.SGD([torch.ones(1)], lr=1.0)
+    run = SimpleNamespace(optimizer=optimizer, config=train.parse_options(["--steps=4"]))
+    assert paper.decaying_rate(run, None, None, 1) == pytest.approx(3e-3 * 3 / 4)
     monkeypatch.setattr(paper, "update", lambda run, samples, *_: [c.text for c in samples])
     monkeypatch.setattr(paper, "follow", lambda _, follower, eta: etas.update({follower: eta}))
     assert paper.other_text(None, samples, None, 0) == ["text 1", "text 2", "text 0"]
     paper.old_policy(1.0)(None, "old", eta=0.1)
     paper.old_policy(1.0)(None, "ema", eta=0.2)
     assert etas == {"old": 1.0, "ema": 0.2}
+    paper.CONTROLS["old_slow"][2](None, "old", eta=0.1)
+    assert etas["old"] == 0.9
+    logits = torch.eye(6)[[4, 0, 4]]  # of the colours, of which purple is the fifth
+    monkeypatch.setattr(paper.world, "classifier", lambda: lambda images: [None, None, logits])
+    prompts = ["a red ring", "a red ring", "a purple ring"]
+    assert paper.rarely_right(torch.zeros(3), prompts, None).tolist() == [1, 0, 0]
     model = SimpleNamespace(transformer=torch.nn.ModuleDict({"a": torch.nn.Linear(16, 16)}))
     assert paper.every_layer(model, "nvfp4", ("a",), 0)[1] == [("a", 16, 16, "nvfp4")]
     images = torch.zeros(1, 3, 3, 3)

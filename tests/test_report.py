@@ -21,7 +21,7 @@ import train
 from rollout import Candidates
 from support import distributed, models
 from support.errors import InputError
-from support.report import Report, commit, mean_and_error
+from support.report import Report, commit
 
 SECONDS = {"explore": 1.0, "train": 4.0}
 METRICS = {"reward/mean": 0.5, "reward/worst": 0.25, "reward/best": 0.75, "loss": 1.0, "kl": 1e-5}
@@ -237,10 +237,6 @@ def test_with_enough_held_out_prompts_the_gain_is_said_in_standard_errors(
         run.finish()
     # The deviations from 2 are all 1: the variance is 8 / 7, the error is sqrt(8 / 7 / 8).
     assert f"{2 * 7**0.5:.1f} standard errors" in capsys.readouterr().out
-
-
-def test_one_value_has_no_standard_error():
-    assert math.isnan(mean_and_error([4.0])[1])
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")  # of the second drawing, below

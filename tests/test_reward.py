@@ -264,7 +264,7 @@ def test_odd_images_get_a_score_or_a_clear_error(name, published):
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_weights_in_half_precision_are_computed_with_in_float32(name, published):
+def test_weights_in_half_precision_are_loaded_as_float32(name, published):
     save_weights(published, name, {key: value.half() for key, value in weights(name).items()})
     reward = build_reward(name).parts[0][2]
     assert {p.dtype for p in getattr(reward, "clip", reward).parameters()} == {torch.float32}
@@ -287,13 +287,6 @@ def test_weights_are_not_executed(name, published, monkeypatch):
     with pytest.raises(InputError, match="[Ww]eights.only"):
         build_reward(name)
     assert not (published / "ran").exists()
-
-
-def test_weights_that_are_cut_are_refused_in_a_line(published):
-    path = save_weights(published, "clipscore", weights("clipscore"))
-    path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(InputError, match="^--reward clipscore: cannot be loaded: .*incomplete"):
-        build_reward("clipscore")
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import MINIATURE, MODEL_NAMES, load, with_policies
+from conftest import MODEL_NAMES, load, with_policies
 
 import train
 from reward import build_reward
@@ -30,10 +30,9 @@ def test_seeds_follow_from_run_step_and_prompt_and_a_longer_pool_begins_with_the
     assert evaluation_seeds(3, 4)[:2] == evaluation_seeds(3, 2) != evaluation_seeds(4, 2)
 
 
-def test_a_generator_follows_from_its_word_and_each_of_its_numbers():
-    draws = [("update", 0, 1), ("order", 0, 1), ("update", 1, 1), ("update", 0, 2), ("update", 0)]
-    first, second = ([torch.rand(1, generator=generator(*of)).item() for of in draws] for _ in "12")
-    assert first == second and len(set(first)) == len(draws)
+def test_a_generator_follows_from_its_word_and_numbers():
+    update, order = (torch.rand(2, generator=generator(word, 0, 1)) for word in ("update", "order"))
+    assert not torch.equal(update, order)
 
 
 def test_noise_of_a_seed_is_the_same_whatever_it_is_drawn_with():
@@ -52,39 +51,6 @@ def test_candidates_are_taken_with_all_that_belongs_to_them_in_the_order_asked_f
     assert taken.scores["mine"].tolist() == [13, 10, 12]
     assert taken.rewards.tolist() == [23, 20, 22]
     assert taken.rewards_of([102, 103]).tolist() == [22, 23]
-
-
-@pytest.mark.parametrize(
-    "stage, of, reward, indices",
-    [
-        ("explore", "train", "reward", [1] * 7),
-        ("evaluate", "held_out", "eval_reward", [0, 1, 1]),
-    ],
-)
-def test_images_are_drawn_and_scored_in_micro_batches_in_their_order(stage, of, reward, indices):
-    """Of one prompt, as in a pool, and one micro-batch of a prompt each, as in an evaluation."""
-    run = train.Run(train.parse_options([*MINIATURE, "--micro_batch", "3"]))
-    model, seeds, scored = run.model, candidate_seeds(0, 0, 0, len(indices)), []
-    all_prompts, all_metadata = getattr(run, of)
-    all_metadata[1]["place"] = 1
-
-    def scores(*arguments):
-        scored.append(arguments)
-        return {"weighted_sum": arguments[0][:, 0, 0, 0]}
-
-    getattr(run, reward).scores = scores
-    texts = model.encode(all_prompts[:2]).take(indices)
-    text = texts.take(0) if stage == "explore" else texts
-    got = train.draw(run, stage, model.transformer, indices, text, seeds, 2)
-    assert (got.indices, got.seeds) == (indices, seeds)
-    parts = [part.tolist() for part in torch.arange(len(seeds)).split(3)]
-    for part, (images, prompts, metadata) in zip(parts, scored, strict=True):
-        part_seeds = [seeds[i] for i in part]
-        expected = draw(model, model.transformer, texts.take(part), part_seeds, 2)
-        assert torch.equal(got.latents[part], expected[0]) and torch.equal(images, expected[1])
-        assert prompts == [all_prompts[indices[i]] for i in part]
-        assert metadata == [all_metadata[indices[i]] for i in part]
-        assert torch.equal(got.rewards[part], images[:, 0, 0, 0])
 
 
 @pytest.mark.parametrize("name", MODEL_NAMES)
@@ -124,7 +90,7 @@ def test_a_copy_synced_with_a_policy_is_that_policy_whenever_it_was_made(name):
 
 
 @pytest.mark.parametrize("name", MODEL_NAMES)
-def test_the_explorer_ranks_like_the_policy(name):
+def test_nvfp4_in_6_steps_ranks_the_seeds_as_bf16_in_10_does(name):
     model, reward = models.load(name), build_reward("clipscore", clip="tiny")
     explorer, _ = make_copy(model, "nvfp4", model.keep_bf16)
     text, rewards = model.encode([PROMPT]), []

@@ -21,12 +21,12 @@ def layers():
     return nn.ModuleDict(dict(good=good, odd_in=odd_in, odd_out=odd_out)).bfloat16()
 
 
-@pytest.mark.parametrize("version", ["2.14.0", "2.15.0", "2.16.1", "2.20.2"])
+@pytest.mark.parametrize("version", ["2.9.0", "2.14.0", "2.15.0", "2.16.1", "2.20.2"])
 @pytest.mark.parametrize("precision", ["nvfp4", "nvfp4_4over6", "nvfp4_row", "fp8"])
 def test_a_layer_runs_in_every_version_that_has_its_precision(version, precision, monkeypatch):
     state = fake_te.install(monkeypatch, version)
     kind, line = quant.backend(precision)
-    if version < {"nvfp4_row": "2.16", "nvfp4_4over6": "2.17"}.get(precision, "2.14"):
+    if int(version.split(".")[1]) < {"nvfp4_row": 16, "nvfp4_4over6": 17}.get(precision, 14):
         assert kind == "simulated" and "or later, found " + version in line
         return
     assert (kind, line) == ("te", f"{precision}: Transformer Engine {version} on sm100")
@@ -53,12 +53,13 @@ def test_the_weight_is_quantized_once_after_each_sync(monkeypatch):
     state, model = fake_te.install(monkeypatch), layers()
     quant.quantize_linears(model, "nvfp4")
     layer, x, start = model["good"], torch.randn(32, 64).bfloat16(), state.quantized_weights
-    outputs = []
     for n in (1, 2, 3):
-        outputs += [layer(x), layer(x)]
-        assert state.quantized_weights == start + n and torch.equal(outputs[-1], outputs[-2])
-        layer.set_weight(torch.randn(48, 64).bfloat16())
-    assert not torch.equal(outputs[1], outputs[2])
+        weight = torch.randn(48, 64).bfloat16()
+        layer.set_weight(weight)
+        matmul = quant.SimulatedMatmul(weight, layer.matmul.linear.bias, quant.PRECISIONS["nvfp4"])
+        for _ in range(2):
+            assert torch.equal(layer(x), matmul(x))
+        assert state.quantized_weights == start + n
 
 
 @pytest.mark.parametrize(
@@ -104,7 +105,10 @@ assert not is_te_pytorch_available()
 @pytest.mark.parametrize(
     "precision, wrong, says",
     [
-        ("nvfp4", dict(wrong_codes=1), "1 of 2048 codes of the weight"),
+        ("nvfp4", dict(wrong=("codes", "weight")), "1 of 2048 codes of the weight"),
+        ("nvfp4", dict(wrong=("scales", "weight")), "1 of 256 scales of the weight"),
+        ("nvfp4", dict(wrong=("codes", "input")), "1 of 3072 codes of the input"),
+        ("nvfp4", dict(wrong=("scales", "input")), "1 of 384 scales of the input"),
         ("nvfp4", dict(output=lambda y: y + 0.02 * y.abs().max()), "outputs by up to"),
         ("fp8", dict(output=lambda y: y + 0.02 * y.abs().max()), "outputs by up to"),
         ("fp8", dict(output=lambda y: y * float("nan")), "outputs by up to nan"),

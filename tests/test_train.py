@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import rollout
 import train
-from support import models, world
+from support import models
 
 
 def scripted(*numbers):
@@ -48,7 +48,7 @@ def test_an_iteration_by_hand(monkeypatch):
     assert (metrics["loss"], metrics["kl"]) == pytest.approx((mean, 2 * mean))
 
 
-def test_another_algorithm_runs_and_leaves_its_folder(tmp_path, monkeypatch):
+def test_a_run_of_three_stages_writes_every_file(tmp_path, monkeypatch):
     """An algorithm is a list of stages. This one explores twice, the second time in FP8."""
     stages = [train.Stage("explore", "nvfp4", 1, 5), train.Stage("refine", "fp8", 1, 4)]
     stages.append(train.Stage("regenerate", "bf16", 2))
@@ -63,20 +63,28 @@ def test_another_algorithm_runs_and_leaves_its_folder(tmp_path, monkeypatch):
     assert last["step"] == 2 and {"reward/mean", "eval/gain", "loss", "time/refine"} <= last.keys()
 
 
-def test_the_classifier_judges_each_image_by_its_own_prompt_and_is_no_reward(monkeypatch):
-    run = train.Run(train.parse_options([*MINIATURE, "--micro_batch", "3"]))
-    run.config.eval_images, held_out = 2, run.held_out.prompts
-    judged = {"accuracy": lambda p: p == held_out[1], "clear": lambda p: p != held_out[2]}
-
-    def judge(images, prompts):
-        return {name: torch.tensor([float(f(p)) for p in prompts]) for name, f in judged.items()}
-
-    monkeypatch.setattr(world, "judge", judge)
-    scores = {name: values.tolist() for name, values in train.evaluate(run).scores.items()}
-    assert scores["accuracy"][:7] == [0, 0, 1, 1, 0, 0, 0]
-    assert scores["clear"][:7] == [1, 1, 1, 1, 0, 0, 1]
-    assert scores["weighted_sum"] == scores["clipscore"]
-    assert [name for name, *_ in run.reward.parts] == ["clipscore"]
+def test_the_rule_the_layers_and_the_advantages_are_those_of_the_options(monkeypatch):
+    """The rule keeps the last four of six. Layers of up to 100 features stay in BF16."""
+    config, settings = train.parse_options(MINIATURE), []
+    monkeypatch.setitem(train.selection.RULES, "last", lambda rewards, k: [5, 4, 3, 2])
+    config.select, config.min_dim = "last", 100
+    config.advantage_std, config.adv_clip = "prompt", 0.5
+    advantages = train.group_advantages
+    record = lambda R, *given: settings.append(given) or advantages(R, *given)  # noqa: E731
+    monkeypatch.setattr(train, "group_advantages", record)
+    run = train.Run(config)
+    for _, n_in, n_out, outcome in run.layers:
+        assert (outcome == "kept: max(in, out) <= 100") == (max(n_in, n_out) <= 100)
+    assert {"nvfp4"} < {outcome for *_, outcome in run.layers}
+    assert [part[:2] for part in run.eval_reward.parts] == [
+        ("clipscore", 1.0),
+        ("accuracy", 0.0),
+        ("clear", 0.0),
+    ]
+    _, (explored, regenerated) = train.iteration(run, 0)
+    (index,) = train.step_prompts(config, len(run.train.prompts), 0)
+    seeds = rollout.candidate_seeds(0, 0, index, 6)
+    assert explored.seeds == regenerated.seeds == seeds[:1:-1] and settings == [(0.5, "prompt")]
 
 
 def test_each_image_is_scored_with_its_own_prompt_and_metadata(tmp_path):
