@@ -64,18 +64,19 @@ def test_a_run_of_three_stages_writes_every_file(tmp_path, monkeypatch):
 
 
 def test_the_rule_the_layers_and_the_advantages_are_those_of_the_options(monkeypatch):
-    """The rule keeps the last four of six. Layers of up to 100 features stay in BF16."""
+    """The rule keeps the last four of six. Layers of up to 128 features stay in BF16."""
     config, settings = train.parse_options(MINIATURE), []
     monkeypatch.setitem(train.selection.RULES, "last", lambda rewards, k: [5, 4, 3, 2])
-    config.select, config.min_dim = "last", 100
+    config.select, config.min_dim = "last", 128
     config.advantage_std, config.adv_clip = "prompt", 0.5
     advantages = train.group_advantages
     record = lambda R, *given: settings.append(given) or advantages(R, *given)  # noqa: E731
     monkeypatch.setattr(train, "group_advantages", record)
     run = train.Run(config)
-    for _, n_in, n_out, outcome in run.layers:
-        assert (outcome == "kept: max(in, out) <= 100") == (max(n_in, n_out) <= 100)
-    assert {"nvfp4"} < {outcome for *_, outcome in run.layers}
+    sizes = {outcome: set() for *_, outcome in run.layers}
+    for _, *size, outcome in run.layers:
+        sizes[outcome].add(max(size))
+    assert sizes["kept: max(in, out) <= 128"] == {128} and sizes["nvfp4"] == {320, 640}
     assert [part[:2] for part in run.eval_reward.parts] == [
         ("clipscore", 1.0),
         ("accuracy", 0.0),
