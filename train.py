@@ -49,7 +49,7 @@ from support.distributed import say
 from support.errors import Stopped, check_finite, exit_code, require
 from support.options import check, constant, option, parse
 from support.prompts import split_prompts
-from support.report import UPDATE_COST, Report, reward_metrics
+from support.report import UPDATE_COST, Report, evaluates_after, reward_metrics
 
 # `import select` may give the standard library's module of that name: load ours by its path.
 _spec = importlib.util.spec_from_file_location(
@@ -431,7 +431,7 @@ def train(config):
         try:
             while True:
                 last = step == c.steps
-                if (step % c.eval_every == 0 or last) and not report.is_evaluated(step):
+                if evaluates_after(c, step) and not report.is_evaluated(step):
                     report.evaluated(step, evaluate(run))
                 if step % c.checkpoint_every == 0 or last:
                     checkpoint.save(c.output_dir, step, run.policies, run.optimizer, saved)

@@ -72,6 +72,11 @@ def network_evaluations(candidates, stages, num_times):
     return counts
 
 
+def evaluates_after(c, step):
+    """Whether a run of this Config evaluates the policy after a step; 0 is before training."""
+    return step % c.eval_every == 0 or step == c.steps
+
+
 def mean_and_error(values):
     """(mean, standard error of the mean, which is NaN for one value) of a list of numbers."""
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
@@ -161,7 +166,7 @@ class Report:
         """This process's network evaluations up to the evaluation after a step."""
         c, mine = self.run.config, distributed.mine
         counts = network_evaluations(self.run.num_candidates, self.run.stages, self.num_times)
-        evaluations = 1 + step // c.eval_every + (step == c.steps and step % c.eval_every > 0)
+        evaluations = sum(evaluates_after(c, earlier) for earlier in range(step + 1))
         images = range(len(self.run.held_out.prompts) * c.eval_images)
         drawn = sum(len(images[i : i + c.micro_batch]) for i in mine(images[:: c.micro_batch]))
         prompts = len(mine(range(c.prompts_per_step)))
@@ -264,7 +269,7 @@ class Report:
             f"loss {metrics['loss']:.3f}  kl {metrics['kl']:.1e}  grad {metrics['grad_norm']:.2f}  "
             + "  ".join(f"{stage} {value:.1f}s" for stage, value in seconds.items())
         )
-        if step % self.options["eval_every"] == 0 or step == self.options["steps"]:
+        if evaluates_after(self.run.config, step):
             self.picture(step, kept)
 
     def picture(self, step, kept):
