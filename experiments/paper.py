@@ -578,6 +578,31 @@ def contrasts(given):
     return columns, rows
 
 
+def update_gradients(model, pool, updates=24):
+    """The gradients of updates of the base model, each on prompts of its own: (updates, n)."""
+    run = train.Run(train.parse_options([f"--model={model}", "--device=cpu", f"--pool={pool}"]))
+    policy, gradients = run.policies["default"], []
+    run.optimizer.step = lambda: gradients.append(torch.cat([p.grad.flatten() for p in policy]))
+    for step in range(updates):
+        train.iteration(run, step)
+    return torch.stack(gradients)
+
+
+def agreement(given):
+    """How much the gradients of different updates have in common. If a gradient is a signal s that
+    all share and noise n, the mean cosine of two of them is |s|^2 / (|s|^2 + |n|^2). A step of
+    AdamW has nearly the same length for any gradient. So its progress along s grows with the root
+    of the cosine."""
+    rows = []
+    for model, pool in product(given.models, (24, 96, 384)):
+        unit = F.normalize(update_gradients(model, pool), dim=1)
+        cosines = (unit @ unit.T).fill_diagonal_(0).sum(dim=1) / (len(unit) - 1)
+        first = float(cosines.mean()) if pool == 24 else first
+        updates = f"{(first / float(cosines.mean())) ** 0.5:.0%}"
+        rows.append([model, str(pool), show(cosines.tolist(), ".3f"), updates])
+    return ["model", "pool", "mean cosine", "updates that follow"], rows
+
+
 # ---------------------------------------------------------------------------------------------
 # docs/data and docs/results.md
 
@@ -597,6 +622,7 @@ EXPERIMENTS = {  # name -> (title, function of the command line)
     "long_runs": ("80 updates: do NVFP4 samples fall behind?", comparison("long_runs")),
     "budget": ("which pool for an explorer of this speed?", budget),
     "contrasts": ("the contrast of measured pools beside theory", contrasts),
+    "agreement": ("what the gradients of different updates have in common", agreement),
     "fidelity": ("does NVFP4 rank as BF16 does? (Table 8)", fidelity),
 }
 
@@ -643,7 +669,7 @@ def read_command_line(argv):
             option("--prompts", type=int, default=16, help="1 to 72; default: 16")
             option("--precision", choices=train.quant.PRECISIONS, help="only this one")
             option("--explore_steps", type=int, help="with --precision; default: 6")
-        else:
+        elif name != "agreement":
             option("--seeds", nargs="+", type=int, default=[0, 1, 2])
     control = commands.add_parser("control", help="one run of train.py under a control")
     control.add_argument("name", help=f"{', '.join(CONTROLS)}, or several joined by +")

@@ -101,6 +101,14 @@ def test_the_measured_contrast_is_of_the_true_rewards_of_seeds_that_the_proxy_ch
     ]
 
 
+def test_agreement_is_the_mean_cosine_of_gradients(monkeypatch):
+    gradients = {24: [[1.0, 0.0], [1.0, 1.0]], 96: [[1.0, 0.0], [3.0, 0.0]]}
+    gradients[384] = gradients[96]
+    monkeypatch.setattr(paper, "update_gradients", lambda _, pool: torch.tensor(gradients[pool]))
+    _, rows = paper.agreement(SimpleNamespace(models=["sana"]))
+    assert rows[:2] == [["sana", "24", "0.707", "100%"], ["sana", "96", "1.000", "84%"]]
+
+
 def test_ranks_are_the_true_ones_of_the_proxys_best_and_worst(monkeypatch):
     """Truly the four seeds rank 1, 2, 3, 4. By proxy the second is best and the first worst. With
     proxy and truth exchanged these ranks would be 4 and 3; those of BF16 itself are 1 and 4."""
