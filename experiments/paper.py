@@ -6,8 +6,9 @@
     python experiments/paper.py budget --speed_up 3     # which pool for my explorer? seconds
     python experiments/paper.py control negated --model sana  # one run of train.py under a control
 
-Each command prints a table. It writes it to docs/data as CSV and renews the tables of
-docs/results.md that are made from this file; the last three commands only print. Runs of train.py
+Each command prints a table. It writes it to docs/data as CSV, where rows of models that are not in
+--models stay, and renews the tables of docs/results.md that are made from this file. The last three
+commands only print. Runs of train.py
 lie in runs/paper/COMMIT, and every command reuses the complete runs of its commit. After a change
 that is not committed, delete that folder.
 """
@@ -688,9 +689,16 @@ def main(argv):
     seconds, command = time.perf_counter() - started, shlex.join(argv)
     cpu = subprocess.getoutput("grep -sm1 'model name' /proc/cpuinfo").partition(": ")[2]
     made = f"paper.py {command}; commit {COMMIT}; {cpu}, {os.cpu_count()} cores; {seconds:.0f} s"
-    with written_whole(DATA / f"{given.experiment}.csv") as temporary:
-        with open(temporary, "w", newline="") as file:
-            csv.writer(file).writerows([[*columns, "made by"], *([*row, made] for row in rows)])
+    columns, rows = [*columns, "made by"], [[*row, made] for row in rows]
+    path = DATA / f"{given.experiment}.csv"
+    if path.exists():  # rows of other models stay
+        with open(path, newline="") as file:
+            first, *before = csv.reader(file)
+        model, made_now = columns.index("model"), {row[columns.index("model")] for row in rows}
+        if first == columns:
+            rows = [row for row in before if row[model] not in made_now] + rows
+    with written_whole(path) as temporary, open(temporary, "w", newline="") as file:
+        csv.writer(file).writerows([columns, *rows])
     with written_whole(RESULTS) as temporary:
         temporary.write_text(fill(RESULTS.read_text(encoding="utf-8")), encoding="utf-8")
 

@@ -172,16 +172,22 @@ def test_tables_of_the_page_are_those_of_the_files(tmp_path, monkeypatch):
     assert paper.fill(page.format("| old |\n")) == page.format(table)
 
 
-def test_an_answer_about_one_precision_is_only_printed(tmp_path, monkeypatch):
+def test_rows_of_other_models_stay_and_an_answer_about_one_precision_is_only_printed(
+    tmp_path, monkeypatch
+):
     for name in ("DATA", "RESULTS"):
         monkeypatch.setattr(paper, name, tmp_path / name)
     paper.DATA.mkdir()
     paper.RESULTS.write_text("")
-    monkeypatch.setitem(paper.EXPERIMENTS, "fidelity", ("", lambda given: (["a"], [["1"]])))
+    function = lambda given: (["model", "a"], [[given.models[0], "1"]])  # noqa: E731
+    monkeypatch.setitem(paper.EXPERIMENTS, "fidelity", ("", function))
     paper.main(["fidelity", "--precision", "fp8"])
     assert not list(paper.DATA.iterdir())
-    paper.main(["fidelity"])
-    assert (paper.DATA / "fidelity.csv").read_text().startswith('a,made by\n1,"paper.py fidelity; ')
+    for name in ("sana", "sd3", "sana"):
+        paper.main(["fidelity", "--models", name])
+    rows = [line.split(";")[0] for line in (paper.DATA / "fidelity.csv").read_text().splitlines()]
+    expected = [f'{name},1,"paper.py fidelity --models {name}' for name in ("sd3", "sana")]
+    assert rows == ["model,a,made by", *expected]
 
 
 def test_the_tables_of_results_are_those_of_docs_data():
