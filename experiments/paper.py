@@ -579,7 +579,7 @@ def contrasts(given):
     return columns, rows
 
 
-def update_gradients(model, pool, updates=24):
+def update_gradients(model, pool, updates=48):
     """The gradients of updates of the base model, each on prompts of its own: (updates, n)."""
     run = train.Run(train.parse_options([f"--model={model}", "--device=cpu", f"--pool={pool}"]))
     policy, gradients = run.policies["default"], []
@@ -589,19 +589,35 @@ def update_gradients(model, pool, updates=24):
     return torch.stack(gradients)
 
 
+def mean_cosine(vectors):
+    """Of each two of the vectors (n, ...)."""
+    unit = F.normalize(vectors, dim=1)
+    return float(((unit @ unit.T).sum() - len(unit)) / (len(unit) * (len(unit) - 1)))
+
+
+def jackknife(function, n):
+    """n values whose mean and standard error are those of function(indices) of n samples."""
+    everything = list(range(n))
+    without = [function(everything[:i] + everything[i + 1 :]) for i in range(n)]
+    return [n * function(everything) - (n - 1) * value for value in without]
+
+
 def agreement(given):
-    """How much the gradients of different updates have in common. If a gradient is a signal s that
-    all share and noise n, the mean cosine of two of them is |s|^2 / (|s|^2 + |n|^2). A step of
-    AdamW has nearly the same length for any gradient. So its progress along s grows with the root
-    of the cosine."""
+    """How much the gradients of different updates have in common, with a pool of 24 and of 96 of
+    the same prompts. If a gradient is a signal s that all share and noise n, the mean cosine of two
+    of them is |s|^2 / (|s|^2 + |n|^2). A step of AdamW has nearly the same length for any gradient.
+    So its progress along s grows with the root of the cosine."""
     rows = []
-    for model, pool in product(given.models, (24, 96, 384)):
-        unit = F.normalize(update_gradients(model, pool), dim=1)
-        cosines = (unit @ unit.T).fill_diagonal_(0).sum(dim=1) / (len(unit) - 1)
-        first = float(cosines.mean()) if pool == 24 else first
-        updates = f"{(first / float(cosines.mean())) ** 0.5:.0%}"
-        rows.append([model, str(pool), show(cosines.tolist(), ".3f"), updates])
-    return ["model", "pool", "mean cosine", "updates that follow"], rows
+    for model in given.models:
+        g = {pool: update_gradients(model, pool) for pool in (24, 96)}
+        functions = [
+            lambda rows: mean_cosine(g[24][rows]),
+            lambda rows: mean_cosine(g[96][rows]),
+            lambda rows: (mean_cosine(g[24][rows]) / mean_cosine(g[96][rows])) ** 0.5,
+        ]
+        values = [jackknife(function, len(g[24])) for function in functions]
+        rows.append([model, *map(show, values, (".3f", ".3f", ".0%"))])
+    return ["model", "cosine for 24 of 24", "cosine for 24 of 96", "updates that follow"], rows
 
 
 # ---------------------------------------------------------------------------------------------

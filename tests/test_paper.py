@@ -102,11 +102,14 @@ def test_the_measured_contrast_is_of_the_true_rewards_of_seeds_that_the_proxy_ch
 
 
 def test_agreement_is_the_mean_cosine_of_gradients(monkeypatch):
-    gradients = {24: [[1.0, 0.0], [1.0, 1.0]], 96: [[1.0, 0.0], [3.0, 0.0]]}
-    gradients[384] = gradients[96]
+    """The cosines of three vectors, at 0, 45 and 90 degrees, are .707, .707 and 0."""
+    three = torch.tensor([[2.0, 0.0], [1.0, 1.0], [0.0, 1.0]])
+    assert paper.mean_cosine(three) == pytest.approx(2 * 0.5**0.5 / 3)
+    assert paper.jackknife(lambda rows: sum(rows) / len(rows), 3) == pytest.approx([0, 1, 2])
+    gradients = {24: [[1.0, 0, 0, 1], [0, 1, 0, 1], [0, 0, 1, 1]], 96: [[1.0, 0, 0, 0]] * 3}
     monkeypatch.setattr(paper, "update_gradients", lambda _, pool: torch.tensor(gradients[pool]))
     _, rows = paper.agreement(SimpleNamespace(models=["sana"]))
-    assert rows[:2] == [["sana", "24", "0.707", "100%"], ["sana", "96", "1.000", "84%"]]
+    assert [cell.split()[0] for cell in rows[0]] == ["sana", "0.500", "1.000", "71%"]
 
 
 def test_ranks_are_the_true_ones_of_the_proxys_best_and_worst(monkeypatch):
