@@ -302,7 +302,7 @@ LONG_BASE = f"{LONG} --algorithm diffusionnft"  # 24 of 24
 STABILITY = {  # experiment -> variants
     "stability": [LONG, LONG_BASE],
     "against_falls": [f"{LONG} --kl {kl}" for kl in ("1e-4", "1e-3", "1e-2", "4e-2")]
-    + [f"control {n} {LONG} --kl 1e-4" for n in ("std_floor", "decaying_rate", "old_slow")],
+    + [f"control {name} {LONG} --kl 1e-4" for name in ("decaying_rate", "old_slow")],
 }
 UPDATE_RULES = {"NFT": "", "AWR": "control advantage_weighted", "DPO": "control pairwise_dpo"}
 PAPER = {  # the paper's values
