@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.paper import evaluations, table
+from experiments.paper import evaluations, figure_path, table
 from support.errors import InputError, exit_code, one_line, require, written_whole
 from support.report import COLOURS, mean_and_error
 
@@ -62,11 +62,9 @@ def grouped(names):
 def main(argv):
     parser = argparse.ArgumentParser(prog="compare.py", description=__doc__.split(":")[0])
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a folder of train.py, or LABEL=RUN")
-    parser.add_argument("--output", type=Path, default="compare.png", help="a .png, .pdf or .svg")
+    parser.add_argument("--output", type=figure_path, default="compare.png", help="the figure")
     parser.add_argument("--costs", nargs="+", choices=COSTS, default=list(COSTS), help="columns")
     given = parser.parse_args(argv)
-    usable = given.output.suffix in (".png", ".pdf", ".svg") and given.output.parent.is_dir()
-    require(usable, f"--output {given.output}: give a .png, .pdf or .svg in an existing folder")
     figure, rows = Figure(figsize=(3.7 * len(given.costs), 6.5), layout="constrained"), []
     axes = figure.subplots(len(SCORES), len(given.costs), sharex="col", sharey="row", squeeze=False)
     spare = iter([*COLOURS.values()][4:] * 99)  # the first four are colours of the algorithms

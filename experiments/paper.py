@@ -668,6 +668,14 @@ def fill(page):
     return re.sub(r"<!-- (\S+\.csv): ([^;]+?)(?:; (.+?))? -->\n(?:\|.*\n)*", made, page)
 
 
+def figure_path(text):
+    """The Path of a figure to be written, as a type of argparse."""
+    path = Path(text)
+    if path.suffix not in (".png", ".pdf", ".svg") or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{path}: give a .png, .pdf or .svg in an existing folder")
+    return path
+
+
 def read_command_line(argv):
     """Each experiment is a command with its own options."""
     parser = argparse.ArgumentParser(prog="paper.py", description=__doc__.split(",")[0])
@@ -679,7 +687,7 @@ def read_command_line(argv):
             option("--rho", type=float, default=0.9, help="correlation of proxy and reward")
             text = "of 24 candidates, in evaluations of the network; default: 24 x 6 times x 5"
             option("--training", type=float, default=720, help=text)
-            option("--output", type=Path, default="budget.png", help="the figure")
+            option("--output", type=figure_path, default="budget.png", help="the figure")
             continue
         option("--models", nargs="+", default=list(models.MODELS), choices=models.MODELS)
         if name == "fidelity":
