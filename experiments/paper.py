@@ -8,7 +8,7 @@
 
 Each command prints a table. It writes it to docs/data as CSV, where rows of models that are not in
 --models stay, and renews the tables of docs/results.md that are made from this file. The last three
-commands only print. Runs of train.py
+commands do not: `fidelity` about one precision only prints, and `budget` draws a figure of its own. Runs of train.py
 lie in runs/paper/COMMIT, and every command reuses the complete runs of its commit. After a change
 that is not committed, delete that folder.
 """
@@ -109,12 +109,6 @@ def old_policy(fixed_eta):
     return following
 
 
-def std_floor(rewards, adv_clip=5.0, std_over="all"):
-    """Advantages over a standard deviation of at least .1, so that small differences stay small."""
-    std = rewards.double().std(correction=0)
-    return group_advantages(rewards, adv_clip, std_over) * float(std / std.clamp(min=0.1))
-
-
 def decaying_rate(run, samples, advantages, step):
     """An update whose learning rate falls to 0 along a straight line."""
     for group in run.optimizer.param_groups:
@@ -150,7 +144,6 @@ CONTROLS = {  # name -> (module, the name of its function that is replaced, what
     "other_text": (train, "update", other_text),
     "old_fixed": (models, "follow", old_policy(1.0)),
     "old_slow": (models, "follow", old_policy(0.9)),
-    "std_floor": (train, "group_advantages", std_floor),
     "decaying_rate": (train, "update", decaying_rate),
     "every_layer": (rollout, "make_copy", every_layer),
 }
@@ -301,7 +294,7 @@ LONG = "--steps 150"  # the reward of 24 of 24 has its plateau before the end of
 LONG_BASE = f"{LONG} --algorithm diffusionnft"  # 24 of 24
 STABILITY = {  # experiment -> variants
     "stability": [LONG, LONG_BASE],
-    "against_falls": [f"{LONG} --kl {kl}" for kl in ("1e-4", "1e-3", "1e-2", "4e-2")]
+    "against_falls": [f"{LONG} --kl {kl}" for kl in ("1e-4", "1e-3")]
     + [f"control {name} {LONG} --kl 1e-4" for name in ("decaying_rate", "old_slow")],
 }
 UPDATE_RULES = {"NFT": "", "AWR": "control advantage_weighted", "DPO": "control pairwise_dpo"}
@@ -449,7 +442,9 @@ def budget(given):
     updates = [signals[0] / signal for signal in signals]
     with open(DATA / "contrasts.csv", newline="") as file:
         cells = [r["updates measured"] for r in csv.DictReader(file) if r["model"] == "sana"]
-    measured = [float(cell.split("%")[0]) / 100 for cell in cells]
+    # "71% ± 8%", "100%" or "not reached by 1 of 3"
+    numbers = [[float(n) / 100 for n in re.findall(r"([\d.]+)%", cell)] for cell in cells]
+    measured = [(n + [0.0])[:2] if n else [math.nan] * 2 for n in numbers]
 
     def cost(n, share, speed_up):
         base = POOLS[0] * ROLLOUT_STEPS + given.training  # 24 of 24 does not explore
@@ -458,14 +453,14 @@ def budget(given):
 
     figure = Figure(figsize=(6, 4), layout="tight")
     axis, costs = figure.subplots(), []
-    for speed_up, colour in zip(given.speed_up, [*COLOURS.values()] * 99):
-        theory, points = (
-            [cost(*of, speed_up) for of in zip(POOLS, u)] for u in (updates, measured)
+    for speed_up, colour in zip(given.speed_up, [*COLOURS.values()][4:] * 99):
+        theory, points, errors = (
+            [cost(*of, speed_up) for of in zip(POOLS, u)] for u in (updates, *zip(*measured))
         )
         axis.plot(POOLS, theory, color=colour, label=f"explorer {speed_up:g} times as fast")
-        axis.plot(POOLS, points, "o", color=colour)
+        axis.errorbar(POOLS, points, errors, color=colour, fmt="o", capsize=3)
         costs.append(theory)
-    axis.plot([], [], "ko", label="with the measured updates")
+    axis.plot([], [], "ko", label="with the updates measured on SANA")
     axis.set(xscale="log", xlabel="candidates per prompt", ylabel="cost to the same reward, 24 = 1")
     axis.set_xticks(POOLS, map(str, POOLS), minor=False)
     axis.set_xticks([], minor=True)
@@ -596,7 +591,8 @@ def mean_cosine(vectors):
 
 
 def jackknife(function, n):
-    """n values whose mean and standard error are those of function(indices) of n samples."""
+    """n values whose mean is function(indices) of n samples without its bias, and whose standard
+    error is its error."""
     everything = list(range(n))
     without = [function(everything[:i] + everything[i + 1 :]) for i in range(n)]
     return [n * function(everything) - (n - 1) * value for value in without]
@@ -611,9 +607,9 @@ def agreement(given):
     for model in given.models:
         g = {pool: update_gradients(model, pool) for pool in (24, 96)}
         functions = [
-            lambda rows: mean_cosine(g[24][rows]),
-            lambda rows: mean_cosine(g[96][rows]),
-            lambda rows: (mean_cosine(g[24][rows]) / mean_cosine(g[96][rows])) ** 0.5,
+            lambda some: mean_cosine(g[24][some]),
+            lambda some: mean_cosine(g[96][some]),
+            lambda some: (mean_cosine(g[24][some]) / mean_cosine(g[96][some])) ** 0.5,
         ]
         values = [jackknife(function, len(g[24])) for function in functions]
         rows.append([model, *map(show, values, (".3f", ".3f", ".0%"))])
@@ -718,9 +714,10 @@ def main(argv):
     if path.exists():  # rows of other models stay
         with open(path, newline="") as file:
             first, *before = csv.reader(file)
-        model, made_now = columns.index("model"), {row[columns.index("model")] for row in rows}
-        if first == columns:
-            rows = [row for row in before if row[model] not in made_now] + rows
+        made_now = {row[columns.index("model")] for row in rows}
+        others = [row for row in before if not made_now & {*row[first.index("model")].split(" + ")}]
+        require(first == columns or not others, f"{path}: has other columns; make all models")
+        rows = others + rows
     with written_whole(path) as temporary, open(temporary, "w", newline="") as file:
         csv.writer(file).writerows([columns, *rows])
     with written_whole(RESULTS) as temporary:

@@ -31,8 +31,8 @@ def test_seeds_follow_from_run_step_and_prompt_and_a_longer_pool_begins_with_the
 
 
 def test_a_generator_follows_from_its_word_and_numbers():
-    update, order = (torch.rand(2, generator=generator(word, 0, 1)) for word in ("update", "order"))
-    assert not torch.equal(update, order)
+    of = [("update", 0, 1), ("order", 0, 1), ("update", 1, 1), ("update", 0, 2)]
+    assert len({torch.rand(1, generator=generator(*words)).item() for words in of}) == 4
 
 
 def test_noise_of_a_seed_is_the_same_whatever_it_is_drawn_with():
