@@ -25,7 +25,8 @@ def test_without_a_gpu_every_section_is_skipped_with_the_reason(capsys):
 
 
 @pytest.mark.parametrize(
-    "wrong, failures", [({}, 0), ({"wrong_codes": 1}, 3 + 3), ({"output": torch.neg}, 3 + 4 + 4)]
+    "wrong, failures",
+    [({}, 0), ({"wrong": ("codes", "weight")}, 3 + 3), ({"output": torch.neg}, 3 + 4 + 4)],
 )
 def test_a_wrong_transformer_engine_fails_where_it_is_wrong(wrong, failures, monkeypatch, capsys):
     """The self-check finds wrong codes in three precisions, alone and where explorers are made.
