@@ -294,7 +294,7 @@ LONG = "--steps 150"  # the reward of 24 of 24 has its plateau before the end of
 LONG_BASE = f"{LONG} --algorithm diffusionnft"  # 24 of 24
 STABILITY = {  # experiment -> variants
     "stability": [LONG, LONG_BASE],
-    "against_falls": [f"{LONG} --kl {kl}" for kl in ("1e-4", "1e-3")]
+    "against_falls": [LONG, *(f"{LONG} --kl {kl}" for kl in ("1e-4", "1e-3", "1e-2"))]
     + [f"control {name} {LONG} --kl 1e-4" for name in ("decaying_rate", "old_slow")],
 }
 UPDATE_RULES = {"NFT": "", "AWR": "control advantage_weighted", "DPO": "control pairwise_dpo"}
