@@ -8,9 +8,9 @@
 
 Each command prints a table. It writes it to docs/data as CSV, where rows of models that are not in
 --models stay, and renews the tables of docs/results.md that are made from this file. The last three
-commands do not: `fidelity` about one precision only prints, and `budget` draws a figure of its own. Runs of train.py
-lie in runs/paper/COMMIT, and every command reuses the complete runs of its commit. After a change
-that is not committed, delete that folder.
+commands do not: `fidelity` about one precision only prints, `budget` draws a figure of its own, and
+`control` is a run. Runs of train.py lie in runs/paper/COMMIT, and every command reuses the complete
+runs of its commit. After a change that is not committed, delete that folder.
 """
 
 import argparse
@@ -129,8 +129,8 @@ def smooth(images, prompts, metadata):
 
 
 def rarely_right(images, prompts, metadata):
-    """A reward that succeeds rarely: 1 if the picture is purple although its prompt does not say so,
-    else 0, (n,)."""
+    """A reward that succeeds rarely, (n,): 1 if the picture is purple although its prompt does not
+    say so, else 0."""
     colours = world.classifier()(images.cpu())[2].argmax(dim=1)
     is_purple = colours == list(world.COLOURS).index("purple")
     return is_purple.float() * torch.tensor([float("purple" not in text) for text in prompts])
@@ -278,6 +278,8 @@ def compare(given, variants, paper=()):
 # ---------------------------------------------------------------------------------------------
 # Experiments that compare runs. Each returns (columns, rows).
 
+LONG = "--steps 150"  # the reward of 24 of 24 has its plateau before the end of it
+LONG_BASE = f"{LONG} --algorithm diffusionnft"  # 24 of 24
 RARE = "--steps 20 --eval_every 5 --reward experiments/paper.py:rarely_right"
 VARIANTS = {  # experiment -> variants; "" is the default
     "algorithms": ["", *(f"--algorithm {name}" for name in list(train.ALGORITHMS)[1:])],
@@ -289,10 +291,6 @@ VARIANTS = {  # experiment -> variants; "" is the default
     + [f"control {name}" for name in ("negated", "other_text", "weights_one", "old_fixed")],
     "rare": [RARE, f"{RARE} --algorithm diffusionnft"],
     "long_runs": [f"--steps 80 --algorithm {name}" for name in list(train.ALGORITHMS)[:3]],
-}
-LONG = "--steps 150"  # the reward of 24 of 24 has its plateau before the end of it
-LONG_BASE = f"{LONG} --algorithm diffusionnft"  # 24 of 24
-STABILITY = {  # experiment -> variants
     "stability": [LONG, LONG_BASE],
     "against_falls": [LONG, *(f"{LONG} --kl {kl}" for kl in ("1e-4", "1e-3", "1e-2"))]
     + [f"control {name} {LONG} --kl 1e-4" for name in ("decaying_rate", "old_slow")],
@@ -377,7 +375,7 @@ def plateau(given):
 
 
 def stability(name):
-    return lambda given: falls(given, STABILITY[name])
+    return lambda given: falls(given, VARIANTS[name])
 
 
 def falls(given, variants):
@@ -431,6 +429,16 @@ def contrast(pool, keep, rho=1.0, pools=20_000):
     return float(rewards.gather(1, kept).std(dim=1, correction=0).mean())
 
 
+def measured_updates():
+    """(share, error) for each of POOLS, as `contrasts` measured it on SANA; NaN where a run did not
+    get there."""
+    with open(DATA / "contrasts.csv", newline="") as file:
+        cells = [r["updates measured"] for r in csv.DictReader(file) if r["model"] == "sana"]
+    # "71% ± 8%", "100%" or "not reached by 1 of 3"
+    numbers = [[float(n) / 100 for n in re.findall(r"([\d.]+)%", cell)] for cell in cells]
+    return [(n + [0.0])[:2] if n else [math.nan] * 2 for n in numbers]
+
+
 def budget(given):
     """What each pool costs, relative to 24 of 24, to reach the same reward. The signal of an update
     is proportional to the contrast, so the number of updates falls as the contrast rises. The
@@ -440,23 +448,17 @@ def budget(given):
     require(given.training >= 0, f"--training {given.training:g}: must be at least 0")
     signals = [contrast(n, POOLS[0], given.rho) for n in POOLS]
     updates = [signals[0] / signal for signal in signals]
-    with open(DATA / "contrasts.csv", newline="") as file:
-        cells = [r["updates measured"] for r in csv.DictReader(file) if r["model"] == "sana"]
-    # "71% ± 8%", "100%" or "not reached by 1 of 3"
-    numbers = [[float(n) / 100 for n in re.findall(r"([\d.]+)%", cell)] for cell in cells]
-    measured = [(n + [0.0])[:2] if n else [math.nan] * 2 for n in numbers]
 
     def cost(n, share, speed_up):
         base = POOLS[0] * ROLLOUT_STEPS + given.training  # 24 of 24 does not explore
         explored = n * EXPLORE_STEPS / speed_up if n > POOLS[0] else 0
         return share * (explored + base) / base
 
+    shares = updates, *zip(*measured_updates())  # in theory, measured, errors of the measured ones
     figure = Figure(figsize=(6, 4), layout="tight")
     axis, costs = figure.subplots(), []
     for speed_up, colour in zip(given.speed_up, [*COLOURS.values()][4:] * 99):
-        theory, points, errors = (
-            [cost(*of, speed_up) for of in zip(POOLS, u)] for u in (updates, *zip(*measured))
-        )
+        theory, points, errors = ([cost(*of, speed_up) for of in zip(POOLS, u)] for u in shares)
         axis.plot(POOLS, theory, color=colour, label=f"explorer {speed_up:g} times as fast")
         axis.errorbar(POOLS, points, errors, color=colour, fmt="o", capsize=3)
         costs.append(theory)

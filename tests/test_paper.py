@@ -160,7 +160,7 @@ def test_a_run_is_made_once_and_a_failed_one_is_named(recorded, monkeypatch):
 
 
 def test_every_variant_is_a_command_line():
-    variants = [*paper.VARIANTS.values(), *paper.STABILITY.values(), paper.NAIVE_FP4]
+    variants = [*paper.VARIANTS.values(), paper.NAIVE_FP4]
     for options in map(str.split, [*sum(map(list, variants), []), *paper.UPDATE_RULES.values()]):
         control = options[0:2] if options[:1] == ["control"] else []
         train.parse_options(options[len(control) :])

@@ -289,6 +289,13 @@ def test_weights_are_not_executed(name, published, monkeypatch):
     assert not (published / "ran").exists()
 
 
+def test_weights_that_are_cut_are_refused_in_a_line(published):
+    path = save_weights(published, "clipscore", weights("clipscore"))
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(InputError, match="^--reward clipscore: cannot be loaded: .*incomplete"):
+        build_reward("clipscore")
+
+
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """An empty cache of the hub, which cannot be reached (HF_HUB_OFFLINE)."""

@@ -73,6 +73,9 @@ def test_what_a_tiny_model_does_not_know_is_said(prompts, held_out, side, says):
     assert [name for name, *_ in judges] == names
     image = world.draw([KNOWN], torch.Generator().manual_seed(5))
     assert all(function(image, [KNOWN], [{}]) == 1 for _, _, function in judges)
+    other = KNOWN.replace("red", "blue")  # the picture is clear, but does not match this prompt
+    judged = {name: float(function(image, [other], [{}])) for name, _, function in judges}
+    assert judged in ({}, {"accuracy": 0, "clear": 1})
 
 
 def test_a_run_with_prompts_of_its_own_has_these_notes(tmp_path):
